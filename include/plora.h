@@ -1,0 +1,484 @@
+/* SPDX-License-Identifier: Apache-2.0
+ *
+ * plora.h: PeriodicLoRA (arXiv 2402.16141) for any trainer or inference server.
+ *
+ * A low-rank adapter is trained on a frozen backbone; at the end of a stage it is *unloaded*, that is merged into the
+ * backbone, and a fresh one starts. After S stages the accumulated update has a rank of up to S times that of one
+ * adapter, with the memory of one adapter. The host owns the training loop, the activations and the backbone; the library
+ * owns adapters, optimizer state and the unload.
+ *
+ * Notation      T tokens, K input features, N output features, R rank, s scale.
+ *               x[T,K]  W[N,K]  A[R,K]  B[N,R]  y[T,N], all row-major. A comma list gives rows, then columns.
+ * Status        every call that can fail returns a plora_status; 0 is success. On an error plora_last_error() gives a
+ *               message with the offending values, outputs are untouched unless stated, and every handle stays usable.
+ * Handles       opaque and reference counted: a child keeps its parent alive, so they may be destroyed in any order.
+ *               *_destroy(NULL) does nothing.
+ * Options       structs led by struct_size, set up by their _INIT macro. Fields are only ever appended; a larger struct
+ *               from a newer caller is accepted while its unknown tail is zero.
+ * Threads       distinct handles may be used concurrently. Calls on one handle, or on handles that share a model, must not
+ *               overlap unless a call says otherwise.
+ * Streams       `void *stream` is a cudaStream_t for a CUDA context and must be NULL for a CPU context, whose calls are
+ *               complete when they return.
+ * Memory        hot calls (linear, optimizer step, unload) allocate nothing of the library's own; see plora_memory_stats().
+ *
+ * The library never prints, exits, aborts, installs handlers or does work when it is loaded.
+ */
+#ifndef PLORA_H
+#define PLORA_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#if defined(__GNUC__)
+#define PLORA_API __attribute__((visibility("default")))
+#else
+#define PLORA_API
+#endif
+
+#define PLORA_VERSION_MAJOR 0
+#define PLORA_VERSION_MINOR 1
+#define PLORA_VERSION_PATCH 0
+#define PLORA_ABI_VERSION 1
+
+/* ------------------------------------------------------------------------------------------------------------- status */
+
+typedef int32_t plora_status;
+
+/* PLORA_STATUS_LIST(X): X(name, value, text). Values are pinned for ever. */
+#define PLORA_STATUS_LIST(X)                                                                                           \
+    X(PLORA_OK, 0, "success")                                                                                          \
+    X(PLORA_ERROR_INVALID_ARGUMENT, 1, "invalid argument")                                                             \
+    X(PLORA_ERROR_OUT_OF_MEMORY, 2, "out of memory")                                                                   \
+    X(PLORA_ERROR_SHAPE, 3, "shape mismatch")                                                                          \
+    X(PLORA_ERROR_UNSUPPORTED, 4, "unsupported")                                                                       \
+    X(PLORA_ERROR_NOT_FOUND, 5, "not found")                                                                           \
+    X(PLORA_ERROR_NON_FINITE, 6, "non-finite value")                                                                   \
+    X(PLORA_ERROR_IO, 7, "input/output error")                                                                         \
+    X(PLORA_ERROR_FORMAT, 8, "malformed file")                                                                         \
+    X(PLORA_ERROR_BACKEND_UNAVAILABLE, 9, "backend unavailable")                                                       \
+    X(PLORA_ERROR_BACKEND, 10, "backend failure")
+
+enum {
+#define PLORA_STATUS_ENUM(name, value, text) name = (value),
+    PLORA_STATUS_LIST(PLORA_STATUS_ENUM)
+#undef PLORA_STATUS_ENUM
+};
+
+/* The text of a status code, e.g. "shape mismatch"; "unknown status" for any other value. Static. Any thread. @since 0.1 */
+PLORA_API const char *plora_status_string(plora_status status);
+
+/* The message of the last failed call on this thread, "" if there was none. Valid until the thread's next failing call.
+ * @since 0.1 */
+PLORA_API const char *plora_last_error(void);
+
+/* Copies plora_last_error() into buffer[capacity], cut and terminated; returns the length of the whole message in bytes
+ * without its terminator. buffer may be NULL when capacity is 0. @since 0.1 */
+PLORA_API size_t plora_last_error_copy(char *buffer, size_t capacity);
+
+/* The version of the loaded library, "major.minor.patch". @since 0.1 */
+PLORA_API const char *plora_version(void);
+
+/* PLORA_ABI_VERSION of the loaded library; differs from the header's when they do not belong together. @since 0.1 */
+PLORA_API int32_t plora_abi_version(void);
+
+/* ------------------------------------------------------------------------------------------------------------ tensors */
+
+/* Element types. Backbone weights: F32, BF16, F16. Activations: F32, BF16. Adapters, gradients, moments: F32. */
+enum { PLORA_F32 = 0, PLORA_BF16 = 1, PLORA_F16 = 2 };
+
+/* A row-major matrix in the caller's memory: element (i, j) is at data[i * stride + j]. stride >= columns, in elements.
+ * rows may be 0; then data may be NULL. */
+typedef struct plora_matrix {
+    void *data;
+    int64_t rows;
+    int64_t columns;
+    int64_t stride;
+    int32_t dtype;
+    int32_t reserved; /* 0 */
+} plora_matrix;
+
+/* ------------------------------------------------------------------------------------------------------------ context */
+
+typedef struct plora_context plora_context;
+
+enum { PLORA_BACKEND_CPU = 0, PLORA_BACKEND_CUDA = 1 };
+
+enum { PLORA_LOG_ERROR = 0, PLORA_LOG_WARNING = 1, PLORA_LOG_INFO = 2 };
+
+typedef struct plora_context_options {
+    size_t struct_size;
+    int32_t backend;       /* PLORA_BACKEND_... */
+    int32_t device;        /* ordinal of the CUDA device; 0 for the CPU */
+    int32_t threads;       /* CPU threads of one call; 0 = OpenMP's own choice */
+    int32_t deterministic; /* 1: the same bits for any number of threads, at some cost in speed */
+    /* Host memory of the library. Both NULL = the C library. `alignment` is a power of two; free gets the allocation's size.
+     * They may be called from any thread that calls the library. */
+    void *(*host_allocate)(size_t size, size_t alignment, void *user);
+    void (*host_free)(void *pointer, size_t size, void *user);
+    void *host_user;
+    /* Messages at or below log_level, on the calling thread, inside the call. NULL = silent. */
+    void (*log)(int32_t level, const char *message, void *user);
+    void *log_user;
+    int32_t log_level;
+    int32_t reserved;
+} plora_context_options;
+
+#define PLORA_CONTEXT_OPTIONS_INIT {sizeof(plora_context_options), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0}
+
+/* Creates a context: backend, allocator, log. options may be NULL (CPU, defaults).
+ * Errors: INVALID_ARGUMENT; BACKEND_UNAVAILABLE, whose message names the cause; OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_context_create(const plora_context_options *options, plora_context **context);
+PLORA_API void plora_context_destroy(plora_context *context);
+
+/* Waits for the work enqueued on `stream` and reports the errors it met. @since 0.1 */
+PLORA_API plora_status plora_synchronize(plora_context *context, void *stream);
+
+typedef struct plora_memory_statistics {
+    size_t struct_size;
+    size_t current_bytes;   /* live allocations of the library in this context */
+    size_t peak_bytes;      /* the highest current_bytes so far */
+    int64_t allocations;    /* number of allocations made so far */
+    size_t mapped_bytes;    /* model files mapped into memory: only touched pages are resident, only changed ones private */
+} plora_memory_statistics;
+
+#define PLORA_MEMORY_STATISTICS_INIT {sizeof(plora_memory_statistics), 0, 0, 0, 0}
+
+/* Every byte the library allocated through the context's hooks, in bytes. Any thread, at any time. @since 0.1 */
+PLORA_API plora_status plora_memory_stats(const plora_context *context, plora_memory_statistics *statistics);
+
+/* -------------------------------------------------------------------------------------------------------------- model */
+
+/* A model is a list of linear layers, addressed by index in order of addition, and for an opened model its other tensors. */
+typedef struct plora_model plora_model;
+
+enum {
+    PLORA_LAYER_FAN_IN_FAN_OUT = 1, /* the weight is stored [K,N] (GPT-2's Conv1D) */
+    PLORA_LAYER_HEAD = 2            /* embedding or output head: not part of "all-linear" */
+};
+
+/* A linear layer y = x W^T + bias in the host's memory. */
+typedef struct plora_linear {
+    size_t struct_size;
+    const char *name;    /* e.g. "model.layers.0.self_attn.q_proj"; copied */
+    plora_matrix weight; /* [N,K], or [K,N] with FAN_IN_FAN_OUT; not copied, written by plora_unload() */
+    const void *bias;    /* [N] or NULL; not copied */
+    int32_t bias_dtype;
+    int32_t flags; /* PLORA_LAYER_... */
+} plora_linear;
+
+#define PLORA_LINEAR_INIT {sizeof(plora_linear), NULL, {NULL, 0, 0, 0, 0, 0}, NULL, 0, 0}
+
+PLORA_API plora_status plora_model_create(plora_context *context, plora_model **model);
+
+/* Opens a safetensors file, or a Hugging Face directory with model.safetensors or model.safetensors.index.json. Files are
+ * mapped copy-on-write: they are never changed, and only weights that an unload wrote cost memory of their own.
+ * Every 2-D tensor "<name>.weight" of a supported dtype becomes the layer <name> (with "<name>.bias" if that is [N]);
+ * names ending in lm_head, embed_tokens, embed_out, wte or wpe get PLORA_LAYER_HEAD.
+ * Errors: IO, FORMAT (the message names the tensor and the byte offset), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_model_open(plora_context *context, const char *path, plora_model **model);
+PLORA_API void plora_model_destroy(plora_model *model);
+
+/* Adds a layer; *layer (may be NULL) becomes its index. The weight must outlive the model. Layers whose weights are the very
+ * same matrix are tied: they share one adapter and are merged once. Weights that overlap in part are refused.
+ * Errors: INVALID_ARGUMENT (name empty or taken, dtype, overlap, adapters exist already), SHAPE, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_model_add_linear(plora_model *model, const plora_linear *linear, int32_t *layer);
+
+PLORA_API int32_t plora_model_layer_count(const plora_model *model);
+
+/* NOT_FOUND if there is no layer of that exact name. @since 0.1 */
+PLORA_API plora_status plora_model_find_layer(const plora_model *model, const char *name, int32_t *layer);
+
+/* Describes a layer; the pointers in it belong to the model. The weight of an opened model may be written by the host.
+ * @since 0.1 */
+PLORA_API plora_status plora_model_layer(const plora_model *model, int32_t layer, plora_linear *linear);
+
+/* Finds a tensor of an opened model by its full name ("model.norm.weight"), as a matrix: a vector has one row, a higher
+ * rank is folded into rows. NOT_FOUND if absent, UNSUPPORTED if its dtype is none of PLORA_F32, BF16, F16. @since 0.1 */
+PLORA_API plora_status plora_model_find_tensor(const plora_model *model, const char *name, plora_matrix *tensor);
+
+/* Writes all tensors of an opened model with their present values, in their original dtype, order and metadata, as one
+ * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers. Atomic: a temporary file
+ * beside `path`, fsync, rename; on an error `path` is as it was.
+ * Errors: IO, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_model_save(const plora_model *model, const char *path);
+
+/* ----------------------------------------------------------------------------------------------------------- adapters */
+
+/* One low-rank adapter per targeted weight: A[R,K] and B[N,R] in fp32, in one contiguous arena; gradients in another of the
+ * same layout. Layer order, A before B, each starting at a multiple of 16 elements; the padding between them is zero. */
+typedef struct plora_adapters plora_adapters;
+
+enum {
+    PLORA_INIT_KAIMING_UNIFORM = 0, /* A ~ U(-1/sqrt(K), 1/sqrt(K)), i.e. a = sqrt(5); B = 0 */
+    PLORA_INIT_GAUSSIAN = 1         /* A ~ N(0, 1/K), i.e. standard deviation 1/sqrt(K); B = 0 */
+};
+
+/* Rank and alpha of the layers that match `pattern` (see targets); the first match counts. 0 = as in the options. */
+typedef struct plora_adapters_override {
+    const char *pattern;
+    double alpha;
+    int32_t rank;
+    int32_t reserved;
+} plora_adapters_override;
+
+typedef struct plora_adapters_options {
+    size_t struct_size;
+    int32_t rank;
+    int32_t init;   /* PLORA_INIT_... */
+    double alpha;   /* s = alpha / R */
+    double dropout; /* probability in [0, 1) that an input element of the low-rank path is zero; the rest is scaled up */
+    uint64_t seed;  /* of init and dropout */
+    /* Comma-separated patterns. "all-linear": every layer but heads. One with '*', '?' or '[': a glob over the whole name.
+     * Any other: the name itself, or its last components ("q_proj", "self_attn.q_proj"). NULL = "all-linear". */
+    const char *targets;
+    const char *exclude; /* patterns of layers left out all the same, or NULL */
+    const plora_adapters_override *overrides;
+    int64_t override_count;
+    int32_t rslora;         /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
+    int32_t reserved;
+    int64_t workspace_tokens; /* tokens of one pass over the workspace; longer calls take several. 0 = 1024 */
+} plora_adapters_options;
+
+#define PLORA_ADAPTERS_OPTIONS_INIT                                                                                    \
+    {sizeof(plora_adapters_options), 8, PLORA_INIT_KAIMING_UNIFORM, 16.0, 0.0, 0, NULL, NULL, NULL, 0, 0, 0, 0}
+
+/* Creates the adapters of stage 0 and initialises them: A is drawn from Philox4x32-10 keyed by (seed, stage, layer, element),
+ * the same bits on every rank, backend and sharding; B is 0, so the function of the model is unchanged.
+ * Several sets may exist on one model; each adds to the products of the calls it is named in.
+ * Errors: INVALID_ARGUMENT (rank < 1 or > min(K, N) of a target, dropout outside [0, 1), alpha not finite),
+ * NOT_FOUND (a pattern that matches no layer), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_adapters_create(plora_model *model, const plora_adapters_options *options,
+                                             plora_adapters **adapters);
+PLORA_API void plora_adapters_destroy(plora_adapters *adapters);
+
+/* The whole arena: *data[0 .. *count), count in elements. An all-reduce of the gradients is one call over one buffer. @since 0.1 */
+PLORA_API plora_status plora_adapters_parameters(plora_adapters *adapters, float **data, int64_t *count);
+PLORA_API plora_status plora_adapters_gradients(plora_adapters *adapters, float **data, int64_t *count);
+
+/* The adapter of one layer, as views into the arenas. A layer without one: NOT_FOUND. */
+typedef struct plora_adapter {
+    size_t struct_size;
+    plora_matrix a;          /* [R,K] */
+    plora_matrix b;          /* [N,R] */
+    plora_matrix a_gradient; /* [R,K] */
+    plora_matrix b_gradient; /* [N,R] */
+    double scale;            /* s */
+} plora_adapter;
+
+#define PLORA_ADAPTER_INIT                                                                                             \
+    {sizeof(plora_adapter), {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, 0.0}
+
+PLORA_API plora_status plora_adapters_layer(plora_adapters *adapters, int32_t layer, plora_adapter *adapter);
+
+/* Which dropout masks the following calls draw: a mask is a function of (seed, step, layer, first_token + row, column).
+ * A host advances `step` with every micro-batch, and gives data-parallel ranks or token chunks their own first_token;
+ * forward and backward of a micro-batch must see the same values. 0, 0 at creation. @since 0.1 */
+PLORA_API plora_status plora_adapters_set_dropout_position(plora_adapters *adapters, uint64_t step, uint64_t first_token);
+
+/* The number of completed unloads: 0 during the first stage. @since 0.1 */
+PLORA_API int64_t plora_adapters_stage(const plora_adapters *adapters);
+
+/* Scratch memory of linear calls of up to `tokens` tokens each pass, in bytes. The library allocates it at creation for
+ * workspace_tokens; a host may supply its own instead (64-byte aligned, alive until replaced; NULL, 0 = the library's).
+ * Errors: INVALID_ARGUMENT (too small for 1 token, misaligned). @since 0.1 */
+PLORA_API plora_status plora_adapters_workspace_size(const plora_adapters *adapters, int64_t tokens, size_t *bytes);
+PLORA_API plora_status plora_adapters_set_workspace(plora_adapters *adapters, void *workspace, size_t bytes);
+
+/* Saves the live adapter as a PEFT directory: adapter_model.safetensors and adapter_config.json, each written atomically.
+ * The directory is created if it is missing. Stages already unloaded are in the backbone, not in this file. @since 0.1 */
+PLORA_API plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory);
+
+/* Creates adapters from a PEFT directory: rank from the tensor shapes, one scale per layer, bit-exact values. What is not
+ * supported (DoRA, unknown keys, a trained bias ...) is refused by name. options (may be NULL) gives only seed, init, dropout
+ * and workspace_tokens. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model). @since 0.1 */
+PLORA_API plora_status plora_adapters_load(plora_model *model, const char *directory, const plora_adapters_options *options,
+                                           plora_adapters **adapters);
+
+/* ------------------------------------------------------------------------------------------------------------- linear */
+
+enum {
+    PLORA_LINEAR_DROPOUT = 1,    /* apply the adapters' dropout (training); without it the layer is in evaluation mode */
+    PLORA_LINEAR_DELTA_ONLY = 2, /* only the low-rank part, added to what y (dx) holds: the host computes x W^T (dy W) */
+    PLORA_LINEAR_ACCUMULATE = 4  /* backward only: dx += instead of dx = */
+};
+
+/* y = x W^T + bias + s dropout(x) A^T B^T          x[T,K], y[T,N], each F32 or BF16; x and y must not overlap.
+ * A layer without an adapter is a plain linear; with DELTA_ONLY it leaves y as it is.
+ * Precision: products accumulate in fp32. When x and W are both BF16, A, B and u = x A^T enter the products rounded to bf16;
+ * otherwise operands are widened to fp32, a tile at a time, never a whole W.
+ * Calls on one handle exclude each other while they use its workspace: several threads may call at once, one computes.
+ * Errors: INVALID_ARGUMENT (layer index, flags, NULL), SHAPE, UNSUPPORTED (dtype), BACKEND. @since 0.1 */
+PLORA_API plora_status plora_linear_forward(plora_adapters *adapters, int32_t layer, const plora_matrix *x,
+                                            const plora_matrix *y, uint32_t flags, void *stream);
+
+/* The gradients of the forward with the same x, flags and dropout position; nothing was saved in between:
+ *     u  = dropout(x) A^T                [T,R]
+ *     v  = s dy B                        [T,R]
+ *     dx = dy W + dropout'(v A)          [T,K]   skipped when dx is NULL
+ *     dB += s dy^T u                     [N,R]   into the gradient arena
+ *     dA += v^T dropout(x)               [R,K]
+ * Threads, precision and errors as the forward. @since 0.1 */
+PLORA_API plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x,
+                                             const plora_matrix *dy, const plora_matrix *dx, uint32_t flags, void *stream);
+
+/* ---------------------------------------------------------------------------------------------------------- optimizer */
+
+typedef struct plora_optimizer plora_optimizer;
+
+enum { PLORA_OPTIMIZER_ADAMW = 0, PLORA_OPTIMIZER_SGD = 1 };
+
+/* The learning rate as a function of t, the steps done since the last restart, with w = warmup_steps, n = period_steps,
+ * f = final_ratio; every schedule starts with the warm-up factor min(1, (t + 1) / (w + 1)). Let
+ * p = clamp((t - w) / (n - w), 0, 1):
+ *     CONSTANT  1          LINEAR  1 - (1 - f) p          COSINE  f + (1 - f) (1 + cos(pi p)) / 2
+ * Every unload that resets the optimizer restarts t.
+ *     RELORA    one COSINE over all steps (n = total steps, t = all steps, first warm-up w) that no unload restarts; each
+ *               unload is followed by a short re-warm-up of rewarmup_steps from 0 (arXiv 2307.05695). */
+enum { PLORA_SCHEDULE_CONSTANT = 0, PLORA_SCHEDULE_LINEAR = 1, PLORA_SCHEDULE_COSINE = 2, PLORA_SCHEDULE_RELORA = 3 };
+
+typedef struct plora_optimizer_options {
+    size_t struct_size;
+    int32_t algorithm; /* PLORA_OPTIMIZER_... */
+    int32_t schedule;  /* PLORA_SCHEDULE_... */
+    double learning_rate;
+    double beta1;        /* AdamW; the momentum of SGD */
+    double beta2;        /* AdamW */
+    double epsilon;      /* AdamW */
+    double weight_decay; /* decoupled: p <- p - lr * weight_decay * p */
+    double b_ratio;      /* LoRA+ (arXiv 2402.12354): the learning rate of B over that of A */
+    double max_gradient_norm; /* clip the global L2 norm to this; 0 = off */
+    double final_ratio;       /* f of the schedule */
+    int64_t warmup_steps;
+    int64_t period_steps;
+    int64_t rewarmup_steps;
+} plora_optimizer_options;
+
+#define PLORA_OPTIMIZER_OPTIONS_INIT                                                                                   \
+    {sizeof(plora_optimizer_options), PLORA_OPTIMIZER_ADAMW, PLORA_SCHEDULE_CONSTANT, 2e-4, 0.9, 0.999, 1e-8, 0.0, 1.0,  \
+     0.0, 0.0, 0, 0, 0}
+
+/* Errors: INVALID_ARGUMENT (each value is checked and named), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_optimizer_create(plora_adapters *adapters, const plora_optimizer_options *options,
+                                              plora_optimizer **optimizer);
+PLORA_API void plora_optimizer_destroy(plora_optimizer *optimizer);
+
+typedef struct plora_step_report {
+    size_t struct_size;
+    double gradient_norm; /* global L2 norm, after gradient_scale, before clipping */
+    double learning_rate; /* of A in this step */
+    int64_t step;         /* 1, 2, ...: steps since the last reset, this one included (the t of the bias correction) */
+} plora_step_report;
+
+#define PLORA_STEP_REPORT_INIT {sizeof(plora_step_report), 0.0, 0.0, 0}
+
+/* One update of every parameter from the gradient arena, in one fused pass. With g = gradient * gradient_scale * clip:
+ *     AdamW  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
+ *            p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)          (arXiv 1711.05101)
+ *     SGD    m = b1 m + g;  p <- p (1 - lr wd) - lr m
+ * gradient_scale is 1 / (loss scale x accumulated micro-batches); it must be finite and > 0. Gradients are left as they are.
+ * Errors: NON_FINITE (the gradient norm; nothing has changed, the step is not counted), INVALID_ARGUMENT. @since 0.1 */
+PLORA_API plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_scale, plora_step_report *report,
+                                            void *stream);
+
+/* Sets the gradient arena of the optimizer's adapters to 0. @since 0.1 */
+PLORA_API plora_status plora_optimizer_zero_gradients(plora_optimizer *optimizer, void *stream);
+
+/* The learning rate of A that the next step will use. @since 0.1 */
+PLORA_API double plora_optimizer_learning_rate(const plora_optimizer *optimizer);
+
+/* Views of the state, each [count] in the layout of the parameter arena; second_moment is NULL for SGD. *step: steps since the
+ * last reset. Any output may be NULL. @since 0.1 */
+PLORA_API plora_status plora_optimizer_state(plora_optimizer *optimizer, float **first_moment, float **second_moment,
+                                             int64_t *count, int64_t *step);
+
+/* Both moments, the step counter of the bias correction and the schedule's t to 0, as an unload does. @since 0.1 */
+PLORA_API plora_status plora_optimizer_reset(plora_optimizer *optimizer, void *stream);
+
+/* ------------------------------------------------------------------------------------------------------------- unload */
+
+enum { PLORA_ROUND_NEAREST = 0 };
+
+/* What becomes of the optimizer's moments, step counter and schedule. */
+enum {
+    PLORA_MOMENTS_DEFAULT = 0, /* RESET when momentum = 1, KEEP below */
+    PLORA_MOMENTS_RESET = 1,   /* all to 0, the schedule restarts */
+    PLORA_MOMENTS_KEEP = 2     /* kept: with k = sqrt(1 - momentum), first moment times k, second times k^2 (gradients of A
+                                * scale with B and the reverse); counters go on. Invalid when momentum = 1. */
+};
+
+typedef struct plora_unload_options {
+    size_t struct_size;
+    double momentum; /* m in (0, 1]: the share that moves into the backbone; 1 = all of it */
+    int32_t moments; /* PLORA_MOMENTS_... */
+    int32_t rounding;
+} plora_unload_options;
+
+#define PLORA_UNLOAD_OPTIONS_INIT {sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_NEAREST}
+
+/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that the stored dtype holds. */
+typedef struct plora_unload_layer {
+    int32_t layer;
+    int32_t rank;
+    double scale;             /* m s */
+    double update_rms;        /* rms of D */
+    double weight_rms;        /* rms of W before */
+    double captured;          /* <W' - W, D> / <D, D>; 1 when D = 0 */
+    double changed;           /* share of weights whose bits changed */
+    double lost_max;          /* max |D - (W' - W)| */
+    double effective_rank;    /* (sum sigma^2)^2 / sum sigma^4 over the singular values of B A; 0 when D = 0 */
+} plora_unload_layer;
+
+typedef struct plora_unload_report {
+    size_t struct_size;
+    int64_t stage; /* of the adapter that was unloaded: 0, 1, ... */
+    int32_t weights; /* number of weights merged */
+    int32_t reserved;
+    double update_rms; /* over all merged weights, as above */
+    double weight_rms;
+    double captured;
+    double changed;
+    double lost_max;
+    double effective_rank;      /* mean over the weights */
+    plora_unload_layer *layers; /* caller's array, or NULL: the first layer_capacity weights, in layer order */
+    int64_t layer_capacity;
+} plora_unload_report;
+
+#define PLORA_UNLOAD_REPORT_INIT {sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0}
+
+/* Ends a stage (arXiv 2402.16141). With m = momentum and k = sqrt(1 - m), for every adapter:
+ *     W <- round(W + m s B A)            fp32 accumulation, one rounding to the dtype of W, no N x K temporary
+ *     m = 1:  A <- fresh init of the next stage, B <- 0, and the optimizer as RESET
+ *     m < 1:  A <- k A, B <- k B         so the function of the model is the same before and after: m + k^2 = 1
+ * up to the rounding of W, which the report measures. The gradient arena is set to 0. Asking for a report costs time: the
+ * figures are reduced in the same pass over W.
+ * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL.
+ * Everything is checked before the first write: on an error nothing has changed. Errors: NON_FINITE (a value of A or B, or a
+ * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT. @since 0.1 */
+PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, const plora_unload_options *options,
+                                    plora_unload_report *report, void *stream);
+
+/* --------------------------------------------------------------------------------------------------------- checkpoint */
+
+enum {
+    PLORA_CHECKPOINT_WEIGHTS = 1 /* also the weights that adapters are merged into: needed unless the host keeps them */
+};
+
+/* One safetensors file with adapters, moments, counters, stage and schedule position, written atomically. A run that loads it
+ * goes on to the very same bits. optimizer may be NULL. Errors: IO, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
+                                             uint32_t flags);
+
+/* Loads into adapters (and optimizer) created with the same options on the same model. Everything in the file is checked
+ * first: on an error nothing has changed. Errors: IO, FORMAT, SHAPE, INVALID_ARGUMENT (made with other options; named).
+ * @since 0.1 */
+PLORA_API plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *optimizer, const char *path);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* PLORA_H */

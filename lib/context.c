@@ -1,0 +1,195 @@
+/* context.c: the context handle: backend, host memory with its accounting, log. */
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "handles.h"
+
+#define STRINGIFY_(x) #x
+#define STRINGIFY(x) STRINGIFY_(x)
+
+const char *plora_version(void)
+{
+    return STRINGIFY(PLORA_VERSION_MAJOR) "." STRINGIFY(PLORA_VERSION_MINOR) "." STRINGIFY(PLORA_VERSION_PATCH);
+}
+
+int32_t plora_abi_version(void)
+{
+    return PLORA_ABI_VERSION;
+}
+
+static void *default_allocate(size_t size, size_t alignment, void *user)
+{
+    (void)user;
+    void *memory = NULL;
+    return posix_memalign(&memory, alignment, size) == 0 ? memory : NULL;
+}
+
+static void default_free(void *memory, size_t size, void *user)
+{
+    (void)size;
+    (void)user;
+    free(memory);
+}
+
+static plora_status allocate_for_backend(void *owner, size_t bytes, void **memory)
+{
+    return plora__allocate(owner, bytes, memory);
+}
+
+static void release_for_backend(void *owner, void *memory, size_t bytes)
+{
+    plora__free(owner, memory, bytes);
+}
+
+plora_status plora_context_create(const plora_context_options *given, plora_context **context)
+{
+    PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
+    plora_context_options options = PLORA_CONTEXT_OPTIONS_INIT;
+    PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_context_options"));
+    PLORA_CHECK((options.host_allocate == NULL) == (options.host_free == NULL), PLORA_ERROR_INVALID_ARGUMENT,
+                "host_allocate and host_free must be given together");
+    PLORA_CHECK(options.threads >= 0, PLORA_ERROR_INVALID_ARGUMENT, "threads is %d: must be >= 0", options.threads);
+    PLORA_CHECK(options.deterministic == 0 || options.deterministic == 1, PLORA_ERROR_INVALID_ARGUMENT,
+                "deterministic is %d: must be 0 or 1", options.deterministic);
+    PLORA_CHECK(options.reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "plora_context_options.reserved is not 0");
+    const struct plora_backend *backend = plora__backend(options.backend);
+    PLORA_CHECK(backend != NULL, PLORA_ERROR_INVALID_ARGUMENT, "backend %d is unknown", options.backend);
+    if (options.host_allocate == NULL) {
+        options.host_allocate = default_allocate;
+        options.host_free = default_free;
+    }
+
+    plora_context *created = options.host_allocate(sizeof *created, PLORA__ALIGNMENT, options.host_user);
+    PLORA_CHECK(created != NULL, PLORA_ERROR_OUT_OF_MEMORY, "out of memory: %zu bytes for the context", sizeof *created);
+    memset(created, 0, sizeof *created);
+    created->options = options;
+    created->backend = backend;
+    atomic_init(&created->references, 1);
+    atomic_init(&created->current_bytes, sizeof *created);
+    atomic_init(&created->peak_bytes, sizeof *created);
+    atomic_init(&created->mapped_bytes, 0);
+    atomic_init(&created->allocations, 1);
+    const struct plora__host_memory memory = {allocate_for_backend, release_for_backend, created};
+    const plora_status status = backend->open(&created->options, &memory, &created->device);
+    if (status != PLORA_OK) {
+        options.host_free(created, sizeof *created, options.host_user);
+        return status;
+    }
+    *context = created;
+    return PLORA_OK;
+}
+
+void plora__context_retain(plora_context *context)
+{
+    atomic_fetch_add_explicit(&context->references, 1, memory_order_relaxed);
+}
+
+void plora__context_release(plora_context *context)
+{
+    if (atomic_fetch_sub_explicit(&context->references, 1, memory_order_acq_rel) != 1) return;
+    context->backend->close(context->device);
+    context->options.host_free(context, sizeof *context, context->options.host_user);
+}
+
+void plora_context_destroy(plora_context *context)
+{
+    if (context != NULL) plora__context_release(context);
+}
+
+plora_status plora_synchronize(plora_context *context, void *stream)
+{
+    PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
+    return context->backend->synchronize(context->device, stream);
+}
+
+plora_status plora_memory_stats(const plora_context *context, plora_memory_statistics *statistics)
+{
+    PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
+    plora_memory_statistics result = PLORA_MEMORY_STATISTICS_INIT;
+    result.current_bytes = atomic_load(&context->current_bytes);
+    result.peak_bytes = atomic_load(&context->peak_bytes);
+    result.allocations = atomic_load(&context->allocations);
+    result.mapped_bytes = atomic_load(&context->mapped_bytes);
+    return plora__write_result(statistics, &result, sizeof result, "plora_memory_statistics");
+}
+
+static void count_allocation(plora_context *context, size_t bytes)
+{
+    const size_t now = atomic_fetch_add(&context->current_bytes, bytes) + bytes;
+    size_t peak = atomic_load(&context->peak_bytes);
+    while (now > peak && !atomic_compare_exchange_weak(&context->peak_bytes, &peak, now)) {
+    }
+    atomic_fetch_add(&context->allocations, 1);
+}
+
+plora_status plora__allocate(plora_context *context, size_t bytes, void **memory)
+{
+    *memory = NULL;
+    if (bytes == 0) return PLORA_OK;
+    void *allocated = context->options.host_allocate(bytes, PLORA__ALIGNMENT, context->options.host_user);
+    PLORA_CHECK(allocated != NULL, PLORA_ERROR_OUT_OF_MEMORY, "out of memory: %zu bytes", bytes);
+    count_allocation(context, bytes);
+    *memory = allocated;
+    return PLORA_OK;
+}
+
+plora_status plora__allocate_zeroed(plora_context *context, size_t bytes, void **memory)
+{
+    PLORA_TRY(plora__allocate(context, bytes, memory));
+    if (bytes > 0) memset(*memory, 0, bytes);
+    return PLORA_OK;
+}
+
+void plora__free(plora_context *context, void *memory, size_t bytes)
+{
+    if (memory == NULL) return;
+    context->options.host_free(memory, bytes, context->options.host_user);
+    atomic_fetch_sub(&context->current_bytes, bytes);
+}
+
+plora_status plora__device_allocate(plora_context *context, size_t bytes, void **memory)
+{
+    *memory = NULL;
+    if (bytes == 0) return PLORA_OK;
+    return context->backend->allocate(context->device, bytes, memory);
+}
+
+void plora__device_free(plora_context *context, void *memory, size_t bytes)
+{
+    if (memory == NULL) return;
+    context->backend->release(context->device, memory, bytes);
+}
+
+plora_status plora__multiply(size_t a, size_t b, size_t *product)
+{
+    PLORA_CHECK(!__builtin_mul_overflow(a, b, product), PLORA_ERROR_OUT_OF_MEMORY, "size overflow: %zu * %zu bytes", a, b);
+    return PLORA_OK;
+}
+
+plora_status plora__duplicate(plora_context *context, const char *text, char **copy)
+{
+    const size_t bytes = strlen(text) + 1;
+    void *memory;
+    PLORA_TRY(plora__allocate(context, bytes, &memory));
+    memcpy(memory, text, bytes);
+    *copy = memory;
+    return PLORA_OK;
+}
+
+void plora__free_string(plora_context *context, char *text)
+{
+    if (text != NULL) plora__free(context, text, strlen(text) + 1);
+}
+
+void plora__log(const plora_context *context, int32_t level, const char *format, ...)
+{
+    if (context->options.log == NULL || level > context->options.log_level) return;
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    context->options.log(level, text, context->options.log_user);
+}

@@ -1,0 +1,33 @@
+/* cpu_backend.h: the CPU's device state, and the launchers that its table (cpu_backend.c) names. */
+#ifndef PLORA_CPU_BACKEND_H
+#define PLORA_CPU_BACKEND_H
+
+#include <pthread.h>
+
+#include "backend.h"
+
+struct cpu_products; /* product.c: the cached oneDNN primitives */
+
+struct cpu_device {
+    int threads;       /* of every parallel region, > 0 */
+    int deterministic; /* work is cut in pieces that do not depend on `threads` */
+    struct plora__host_memory memory;
+    pthread_mutex_t lock; /* held while `products` and its scratch are in use */
+    struct cpu_products *products;
+};
+
+plora_status cpu_init_adapter(void *device, const struct plora__init_args *args, void *stream);
+
+size_t cpu_linear_workspace(void *device, const struct plora__linear_args *args);
+plora_status cpu_linear_forward(void *device, const struct plora__linear_args *args, void *stream);
+plora_status cpu_linear_backward(void *device, const struct plora__linear_args *args, void *stream);
+
+plora_status cpu_sum_of_squares(void *device, const float *values, int64_t count, double *result, void *stream);
+plora_status cpu_optimizer_step(void *device, const struct plora__step_args *args, void *stream);
+plora_status cpu_scale(void *device, float *values, int64_t count, float factor, void *stream);
+
+size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args);
+plora_status cpu_max_magnitude(void *device, const plora_matrix *matrix, double *result, void *stream);
+plora_status cpu_merge(void *device, const struct plora__merge_args *args, void *stream);
+
+#endif

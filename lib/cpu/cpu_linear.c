@@ -1,0 +1,453 @@
+/* cpu_linear.c: the linear layer with its adapter, on oneDNN products. Forward and backward are one form each way:
+ *
+ *     forward   low = s (in A^T)     out = in W^T + low B^T       in = x,  out = y
+ *     backward  low = s (in B)       out = in W   + low A         in = dy, out = dx          [D] features in, [O] out
+ *     gradient  dB += dy^T u, dA += v^T x                         both as  g[R,D] = low[T,R]^T in[T,D]
+ *
+ * Where the operands are what oneDNN multiplies, one product by all threads is fastest. In deterministic mode, and where W or
+ * `out` must be converted, the output is cut into panels of PANEL columns, one thread each with sequential products: the bits do
+ * not depend on the number of threads, and a converted tile of W stays in the cache.
+ *
+ * Precision: operands are bf16 when x and W are (and the processor multiplies bf16), else fp32, widened here: `in` as a
+ * whole, W one panel at a time. Accumulation is fp32. In bf16 the low-rank operands are rounded copies padded to `padded_rank`.
+ *
+ * Workspace (plan): what is marked * exists once per thread.
+ *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N]
+ *     *weight_tile[D,PANEL] *sum_tile[T,PANEL] *delta_tile[T,PANEL] */
+#include "convert_kernels.h"
+#include "cpu_backend.h"
+#include "dtype.h"
+#include "product.h"
+#include "status.h"
+#include "threads.h"
+
+enum { PANEL = 96, TOKEN_TILE = 64, TILE_RANK = 32, ALIGNMENT = 64 };
+
+struct plan {
+    int bf16;            /* operands are bf16 */
+    int whole;           /* `out` in one product by all threads, not in panels */
+    int64_t padded_rank; /* R, on matrix tiles rounded up to a full one */
+    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile; /* offsets */
+    size_t weight_tile_bytes, sum_tile_bytes; /* per thread */
+    size_t bytes;
+};
+
+static size_t reserve(size_t *total, size_t bytes)
+{
+    const size_t offset = *total;
+    *total += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    return offset;
+}
+
+static struct plan make_plan(const struct cpu_device *cpu, const struct plora__linear_args *args, int is_forward)
+{
+    struct plan plan = {0};
+    const size_t tokens = (size_t)args->tokens, in = (size_t)args->in_features, out = (size_t)args->out_features;
+    const size_t threads = (size_t)cpu->threads;
+    const int dropout = args->dropout.probability > 0.0;
+    plan.bf16 = args->x.dtype == PLORA_BF16 && (is_forward || args->y.dtype == PLORA_BF16) &&
+                args->weight.dtype == PLORA_BF16 && cpu_products_bf16(cpu);
+    plan.padded_rank = args->rank;
+    if (plan.bf16 && cpu_products_tiles(cpu)) plan.padded_rank = (args->rank + TILE_RANK - 1) / TILE_RANK * TILE_RANK;
+    const size_t rank = (size_t)plan.padded_rank, wider = in > out ? in : out;
+    const int widen_x = !plan.bf16 && args->x.dtype == PLORA_BF16, widen_y = !plan.bf16 && args->y.dtype == PLORA_BF16;
+    const int narrow_out = !plan.bf16 && (args->x.dtype == PLORA_BF16 || args->y.dtype == PLORA_BF16 ||
+                                          (args->dx.data != NULL && args->dx.dtype == PLORA_BF16));
+
+    plan.weight_tile_bytes = !plan.bf16 && args->weight.dtype != PLORA_F32 ? wider * PANEL * sizeof(float) : 0;
+    plan.whole = !cpu->deterministic && plan.weight_tile_bytes == 0 && !narrow_out;
+    const size_t tile_columns = plan.whole && wider > PANEL * threads ? wider : PANEL * threads;
+    plan.sum_tile_bytes = (tokens * tile_columns + threads - 1) / threads * sizeof(float);
+    plan.in_wide = reserve(&plan.bytes, widen_x || widen_y ? tokens * wider * sizeof(float) : 0);
+    plan.x_wide = reserve(&plan.bytes, widen_x ? tokens * in * sizeof(float) : 0);
+    plan.dropped = reserve(&plan.bytes, dropout ? tokens * in * sizeof(float) : 0);
+    plan.low = reserve(&plan.bytes, tokens * rank * sizeof(float));
+    plan.u = reserve(&plan.bytes, tokens * rank * sizeof(float));
+    plan.v = reserve(&plan.bytes, tokens * rank * sizeof(float));
+    plan.a16 = reserve(&plan.bytes, plan.bf16 ? rank * in * sizeof(uint16_t) : 0);
+    plan.b16 = reserve(&plan.bytes, plan.bf16 ? rank * out * sizeof(uint16_t) : 0);
+    plan.gradient = reserve(&plan.bytes, rank * out * sizeof(float));
+    plan.bias = reserve(&plan.bytes, out * sizeof(float));
+    plan.weight_tile = reserve(&plan.bytes, plan.weight_tile_bytes * threads);
+    plan.sum_tile = reserve(&plan.bytes, narrow_out ? plan.sum_tile_bytes * threads : 0);
+    plan.delta_tile = reserve(&plan.bytes, dropout ? plan.sum_tile_bytes * threads : 0);
+    return plan;
+}
+
+size_t cpu_linear_workspace(void *device, const struct plora__linear_args *args)
+{
+    const size_t forward_bytes = make_plan(device, args, 1).bytes, backward_bytes = make_plan(device, args, 0).bytes;
+    return forward_bytes > backward_bytes ? forward_bytes : backward_bytes;
+}
+
+/* ------------------------------------------------------------------------------------------------ products cut in tiles */
+
+static struct cpu_matrix rows_of(const void *data, int64_t stride, int32_t dtype)
+{
+    return (struct cpu_matrix){(void *)(uintptr_t)data, stride, 1, dtype};
+}
+
+static struct cpu_matrix transposed(struct cpu_matrix matrix)
+{
+    return (struct cpu_matrix){matrix.data, matrix.column_stride, matrix.row_stride, matrix.dtype};
+}
+
+static void *at(const struct cpu_matrix *matrix, int64_t row, int64_t column)
+{
+    return (char *)matrix->data +
+           (row * matrix->row_stride + column * matrix->column_stride) * (int64_t)plora__dtype_size(matrix->dtype);
+}
+
+/* A product cut along m (rows) or n (columns) into tiles of fixed size: the same bits for any number of threads. Where that
+ * is not asked for, oneDNN cuts it. */
+static plora_status tiled_product(struct cpu_device *cpu, const struct cpu_product *product, int along_rows, int64_t tile)
+{
+    if (!cpu->deterministic) return cpu_product(cpu, product);
+    const int64_t extent = along_rows ? product->m : product->n;
+    const int64_t tiles = (extent + tile - 1) / tile;
+    struct cpu_primitive *full = NULL, *last = NULL;
+    struct cpu_product piece = *product;
+    int64_t *const size = along_rows ? &piece.m : &piece.n;
+    if (extent >= tile) {
+        *size = tile;
+        PLORA_TRY(cpu_product_prepare(cpu, &piece, 1, &full));
+    }
+    if (extent % tile != 0) {
+        *size = extent % tile;
+        PLORA_TRY(cpu_product_prepare(cpu, &piece, 1, &last));
+    }
+    int failed = 0;
+    const int threads = cpu_set_threads(1); /* of oneDNN, inside our region */
+#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    for (int64_t i = 0; i < tiles; ++i) {
+        struct cpu_product own = *product;
+        const int64_t begin = i * tile;
+        if (along_rows)
+            own.a.data = at(&product->a, begin, 0);
+        else
+            own.b.data = at(&product->b, 0, begin);
+        own.c.data = at(&product->c, along_rows ? begin : 0, along_rows ? 0 : begin);
+        const struct cpu_primitive *primitive = extent - begin >= tile ? full : last;
+        const int status = cpu_product_run(cpu, primitive, &own, cpu_thread_index());
+        if (status != 0) {
+#pragma omp atomic write
+            failed = status;
+        }
+    }
+    cpu_set_threads(threads);
+    return failed == 0 ? PLORA_OK : cpu_product_failed(product, failed);
+}
+
+/* ------------------------------------------------------------------------------------------------ out = in W + low E */
+
+struct side {
+    const struct plora__linear_args *args;
+    const struct plan *plan;
+    int64_t tokens, d, o, rank; /* rank is the padded one, 0 = no low-rank part */
+    struct cpu_matrix in;       /* [T,D], in the operands' dtype */
+    struct cpu_matrix weight;   /* [D,O], in its own dtype */
+    struct cpu_matrix low;      /* [T,rank] */
+    struct cpu_matrix factor;   /* [rank,O] */
+    struct cpu_matrix out;      /* [T,O] */
+    const float *bias;          /* [O] or NULL */
+    int base;                   /* add the product with W */
+    int accumulate;             /* to what `out` holds */
+    int drop;                   /* dropout on the low-rank part of the output */
+};
+
+struct panel_primitives {
+    struct cpu_primitive *base, *expand;
+};
+
+static struct cpu_product base_product(const struct side *side, int64_t width, struct cpu_matrix weight,
+                                       struct cpu_matrix target)
+{
+    return (struct cpu_product){.m = side->tokens, .n = width, .k = side->d, .a = side->in, .b = weight, .c = target,
+                                .bias = side->bias, .accumulate = side->accumulate};
+}
+
+static struct cpu_product expand_product(const struct side *side, int64_t width, struct cpu_matrix target, int accumulate)
+{
+    return (struct cpu_product){.m = side->tokens, .n = width, .k = side->rank, .a = side->low, .b = side->factor,
+                                .c = target, .accumulate = accumulate};
+}
+
+/* Where one panel's operands lie: `out` itself or fp32 tiles of this thread. */
+struct panel {
+    struct cpu_matrix weight; /* [D,width] */
+    struct cpu_matrix sum;    /* [T,width]: receives base and low-rank part */
+    struct cpu_matrix delta;  /* [T,width]: receives the low-rank part before dropout */
+    int narrow;               /* sum is a tile to be rounded into out */
+};
+
+static struct panel place_panel(const struct side *side, int64_t begin, int64_t width, int64_t panel_width, int thread)
+{
+    const struct plan *plan = side->plan;
+    char *workspace = side->args->workspace;
+    struct panel panel = {.weight = side->weight, .sum = side->out};
+    panel.weight.data = at(&side->weight, 0, begin);
+    panel.sum.data = at(&side->out, 0, begin);
+    if (!plan->bf16 && side->weight.dtype != PLORA_F32) {
+        float *tile = (float *)(void *)(workspace + plan->weight_tile + plan->weight_tile_bytes * (size_t)thread);
+        panel.weight = side->weight.column_stride == 1 ? rows_of(tile, width, PLORA_F32)
+                                                       : transposed(rows_of(tile, side->d, PLORA_F32));
+    }
+    panel.narrow = !plan->bf16 && side->out.dtype != PLORA_F32;
+    if (panel.narrow)
+        panel.sum = rows_of(workspace + plan->sum_tile + plan->sum_tile_bytes * (size_t)thread, panel_width, PLORA_F32);
+    panel.delta = panel.sum;
+    if (side->drop)
+        panel.delta = rows_of(workspace + plan->delta_tile + plan->sum_tile_bytes * (size_t)thread, panel_width, PLORA_F32);
+    return panel;
+}
+
+static plora_status prepare_panel(struct cpu_device *cpu, const struct side *side, int64_t width, int64_t panel_width,
+                                  int sequential, struct panel_primitives *primitives)
+{
+    const struct panel panel = place_panel(side, 0, width, panel_width, 0);
+    const struct cpu_product base = base_product(side, width, panel.weight, panel.sum);
+    const struct cpu_product expand = expand_product(side, width, panel.delta, !side->drop);
+    if (side->base) PLORA_TRY(cpu_product_prepare(cpu, &base, sequential, &primitives->base));
+    if (side->rank > 0) PLORA_TRY(cpu_product_prepare(cpu, &expand, sequential, &primitives->expand));
+    return PLORA_OK;
+}
+
+static void widen_weight(const struct side *side, int64_t begin, int64_t width, const struct panel *panel)
+{
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const int by_rows = side->weight.column_stride == 1;
+    const int64_t lines = by_rows ? side->d : width, length = by_rows ? width : side->d;
+    for (int64_t i = 0; i < lines; ++i)
+        convert->widen((float *)panel->weight.data + i * length,
+                       by_rows ? at(&side->weight, i, begin) : at(&side->weight, 0, begin + i), side->weight.dtype, length);
+}
+
+/* One panel of the output by the calling thread (or, with a whole product, by all). Returns oneDNN's status. */
+static int run_panel(const struct cpu_device *cpu, const struct side *side, const struct panel_primitives *primitives,
+                     int64_t begin, int64_t width, int64_t panel_width, int thread)
+{
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct panel panel = place_panel(side, begin, width, panel_width, thread);
+    const int keep = side->accumulate || !side->base;
+    if (panel.narrow && keep)
+        for (int64_t t = 0; t < side->tokens; ++t)
+            convert->widen(at(&panel.sum, t, 0), at(&side->out, t, begin), side->out.dtype, width);
+    if (side->base) {
+        if (panel.weight.data != at(&side->weight, 0, begin)) widen_weight(side, begin, width, &panel);
+        struct cpu_product base = base_product(side, width, panel.weight, panel.sum);
+        if (base.bias != NULL) base.bias += begin;
+        const int status = cpu_product_run(cpu, primitives->base, &base, thread);
+        if (status != 0) return status;
+    }
+    if (side->rank > 0) {
+        struct cpu_product expand = expand_product(side, width, panel.delta, !side->drop);
+        expand.b.data = at(&side->factor, 0, begin);
+        const int status = cpu_product_run(cpu, primitives->expand, &expand, thread);
+        if (status != 0) return status;
+    }
+    if (side->rank > 0 && side->drop) {
+        const struct plora__dropout *dropout = &side->args->dropout;
+        for (int64_t t = 0; t < side->tokens; ++t)
+            convert->dropout_add(at(&panel.sum, t, 0), panel.sum.dtype, at(&panel.delta, t, 0), dropout,
+                                 (dropout->first_token + (uint64_t)t) * (uint64_t)side->o + (uint64_t)begin, width);
+    }
+    if (panel.narrow)
+        for (int64_t t = 0; t < side->tokens; ++t)
+            convert->narrow(at(&side->out, t, begin), at(&panel.sum, t, 0), width);
+    return 0;
+}
+
+static plora_status compute_side(struct cpu_device *cpu, const struct side *side)
+{
+    if (!side->base && side->rank == 0) return PLORA_OK;
+    const int whole = side->plan->whole;
+    const int64_t panel_width = whole ? side->o : PANEL;
+    const int64_t panels = (side->o + panel_width - 1) / panel_width, last_width = side->o - (panels - 1) * panel_width;
+    struct panel_primitives full = {0}, last = {0};
+    PLORA_TRY(prepare_panel(cpu, side, last_width, panel_width, !whole, &last));
+    if (panels > 1) PLORA_TRY(prepare_panel(cpu, side, panel_width, panel_width, !whole, &full));
+    int failed = 0;
+    const int threads = cpu_set_threads(whole ? cpu->threads : 1); /* of oneDNN, inside our region */
+    if (whole) {
+        failed = run_panel(cpu, side, &last, 0, last_width, panel_width, 0);
+    } else {
+#pragma omp parallel for num_threads(cpu->threads) schedule(dynamic, 1)
+        for (int64_t i = 0; i < panels; ++i) {
+            const int64_t width = i + 1 < panels ? panel_width : last_width;
+            const int status = run_panel(cpu, side, i + 1 < panels ? &full : &last, i * panel_width, width, panel_width,
+                                         cpu_thread_index());
+            if (status != 0) {
+#pragma omp atomic write
+                failed = status;
+            }
+        }
+    }
+    cpu_set_threads(threads);
+    if (failed == 0) return PLORA_OK;
+    const struct cpu_product product = base_product(side, side->o, side->weight, side->out);
+    return cpu_product_failed(&product, failed);
+}
+
+/* --------------------------------------------------------------------------------------------- operands of the products */
+
+/* x or dy as an operand: itself, or widened to fp32 into `wide`. */
+static struct cpu_matrix operand(const struct cpu_device *cpu, const struct plan *plan, const plora_matrix *matrix, void *wide)
+{
+    if (plan->bf16 || matrix->dtype == PLORA_F32) return rows_of(matrix->data, matrix->stride, matrix->dtype);
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_matrix source = rows_of(matrix->data, matrix->stride, matrix->dtype);
+    const struct cpu_matrix target = rows_of(wide, matrix->columns, PLORA_F32);
+#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    for (int64_t t = 0; t < matrix->rows; ++t)
+        convert->widen(at(&target, t, 0), at(&source, t, 0), matrix->dtype, matrix->columns);
+    return target;
+}
+
+/* dropout(x), or x itself without dropout. */
+static struct cpu_matrix dropped_input(const struct cpu_device *cpu, const struct plora__linear_args *args,
+                                       const struct plan *plan, struct cpu_matrix x)
+{
+    const struct plora__dropout *dropout = &args->dropout;
+    if (dropout->probability <= 0.0) return x;
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_matrix target = rows_of((char *)args->workspace + plan->dropped, args->in_features, x.dtype);
+#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    for (int64_t t = 0; t < args->tokens; ++t)
+        convert->dropout(at(&target, t, 0), at(&x, t, 0), x.dtype, dropout,
+                         (dropout->first_token + (uint64_t)t) * (uint64_t)args->in_features, args->in_features);
+    return target;
+}
+
+/* A as [padded_rank, K] and B as [N, padded_rank] operands: themselves in fp32, rounded and zero-padded copies in bf16. */
+static void low_rank_factors(const struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
+                             struct cpu_matrix *a, struct cpu_matrix *b)
+{
+    if (!plan->bf16) {
+        *a = rows_of(args->a, args->in_features, PLORA_F32);
+        *b = rows_of(args->b, args->rank, PLORA_F32);
+        return;
+    }
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    *a = rows_of((char *)args->workspace + plan->a16, args->in_features, PLORA_BF16);
+    *b = rows_of((char *)args->workspace + plan->b16, plan->padded_rank, PLORA_BF16);
+    const int64_t pad = plan->padded_rank - args->rank;
+    convert->narrow(a->data, args->a, args->rank * args->in_features);
+    memset(at(a, args->rank, 0), 0, (size_t)(pad * args->in_features) * sizeof(uint16_t));
+#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    for (int64_t n = 0; n < args->out_features; ++n) {
+        convert->narrow(at(b, n, 0), args->b + n * args->rank, args->rank);
+        memset(at(b, n, args->rank), 0, (size_t)pad * sizeof(uint16_t));
+    }
+}
+
+/* low = s in factor, as an operand: fp32 at `rounded`'s place, or rounded to bf16. */
+static plora_status shrink(struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
+                           struct cpu_matrix in, int64_t d, struct cpu_matrix factor, size_t place, struct cpu_matrix *low)
+{
+    float *sum = (float *)(void *)((char *)args->workspace + (plan->bf16 ? plan->low : place));
+    const struct cpu_product product = {.m = args->tokens, .n = plan->padded_rank, .k = d, .a = in, .b = factor,
+                                        .c = rows_of(sum, plan->padded_rank, PLORA_F32)};
+    PLORA_TRY(tiled_product(cpu, &product, 1, TOKEN_TILE));
+    uint16_t *rounded = plan->bf16 ? (uint16_t *)(void *)((char *)args->workspace + place) : NULL;
+    cpu_convert_kernels()->scale(sum, rounded, args->scale, args->tokens * plan->padded_rank);
+    *low = plan->bf16 ? rows_of(rounded, plan->padded_rank, PLORA_BF16) : product.c;
+    return PLORA_OK;
+}
+
+/* W as the [D,O] operand of the forward (W^T) or the backward (W). */
+static struct cpu_matrix weight_operand(const struct plora__linear_args *args, int forward)
+{
+    const struct cpu_matrix stored = rows_of(args->weight.data, args->weight.stride, args->weight.dtype);
+    return forward != args->fan_in_fan_out ? transposed(stored) : stored;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- launchers */
+
+static plora_status forward(struct cpu_device *cpu, const struct plora__linear_args *args)
+{
+    const struct plan plan = make_plan(cpu, args, 1);
+    char *workspace = args->workspace;
+    struct side side = {.args = args, .plan = &plan, .tokens = args->tokens, .d = args->in_features,
+                        .o = args->out_features, .rank = plan.padded_rank, .base = !args->delta_only};
+    side.in = operand(cpu, &plan, &args->x, workspace + plan.in_wide);
+    side.weight = weight_operand(args, 1);
+    side.out = rows_of(args->y.data, args->y.stride, args->y.dtype);
+    if (args->bias != NULL && side.base) {
+        float *bias = (float *)(void *)(workspace + plan.bias);
+        cpu_convert_kernels()->widen(bias, args->bias, args->bias_dtype, args->out_features);
+        side.bias = bias;
+    }
+    if (args->rank > 0) {
+        struct cpu_matrix a, b;
+        low_rank_factors(cpu, args, &plan, &a, &b);
+        const struct cpu_matrix x = dropped_input(cpu, args, &plan, side.in);
+        PLORA_TRY(shrink(cpu, args, &plan, x, args->in_features, transposed(a), plan.u, &side.low));
+        side.factor = transposed(b);
+    }
+    return compute_side(cpu, &side);
+}
+
+/* dA += v^T x and dB += dy^T u */
+static plora_status gradients(struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
+                              struct cpu_matrix x, struct cpu_matrix dy, struct cpu_matrix u, struct cpu_matrix v)
+{
+    const struct cpu_product a_gradient = {.m = args->rank, .n = args->in_features, .k = args->tokens, .a = transposed(v),
+                                           .b = x, .c = rows_of(args->a_gradient, args->in_features, PLORA_F32),
+                                           .accumulate = 1};
+    PLORA_TRY(tiled_product(cpu, &a_gradient, 0, PANEL));
+    float *sum = (float *)(void *)((char *)args->workspace + plan->gradient);
+    const struct cpu_product b_gradient = {.m = args->rank, .n = args->out_features, .k = args->tokens, .a = transposed(u),
+                                           .b = dy, .c = rows_of(sum, args->out_features, PLORA_F32)};
+    PLORA_TRY(tiled_product(cpu, &b_gradient, 0, PANEL));
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const int64_t n = args->out_features, panels = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    for (int64_t i = 0; i < panels; ++i)
+        convert->transpose_add(args->b_gradient, sum, args->rank, n, i * PANEL, i * PANEL + PANEL < n ? i * PANEL + PANEL : n);
+    return PLORA_OK;
+}
+
+static plora_status backward(struct cpu_device *cpu, const struct plora__linear_args *args)
+{
+    const struct plan plan = make_plan(cpu, args, 0);
+    char *workspace = args->workspace;
+    const struct cpu_matrix dy = operand(cpu, &plan, &args->y, workspace + plan.in_wide);
+    struct cpu_matrix v = {0}, a = {0};
+    if (args->rank > 0) {
+        struct cpu_matrix b, u;
+        low_rank_factors(cpu, args, &plan, &a, &b);
+        const struct cpu_matrix x =
+            dropped_input(cpu, args, &plan, operand(cpu, &plan, &args->x, workspace + plan.x_wide));
+        PLORA_TRY(shrink(cpu, args, &plan, x, args->in_features, transposed(a), plan.u, &u));
+        PLORA_TRY(shrink(cpu, args, &plan, dy, args->out_features, b, plan.v, &v));
+        PLORA_TRY(gradients(cpu, args, &plan, x, dy, u, v));
+    }
+    if (args->dx.data == NULL) return PLORA_OK;
+    const struct side side = {.args = args, .plan = &plan, .tokens = args->tokens, .d = args->out_features,
+                              .o = args->in_features, .rank = plan.padded_rank, .in = dy,
+                              .weight = weight_operand(args, 0), .low = v, .factor = a,
+                              .out = rows_of(args->dx.data, args->dx.stride, args->dx.dtype), .base = !args->delta_only,
+                              .accumulate = args->accumulate, .drop = args->dropout.probability > 0.0};
+    return compute_side(cpu, &side);
+}
+
+static plora_status locked(struct cpu_device *cpu, const struct plora__linear_args *args,
+                           plora_status (*compute)(struct cpu_device *, const struct plora__linear_args *))
+{
+    pthread_mutex_lock(&cpu->lock);
+    const plora_status status = compute(cpu, args);
+    pthread_mutex_unlock(&cpu->lock);
+    return status;
+}
+
+plora_status cpu_linear_forward(void *device, const struct plora__linear_args *args, void *stream)
+{
+    (void)stream;
+    return locked(device, args, forward);
+}
+
+plora_status cpu_linear_backward(void *device, const struct plora__linear_args *args, void *stream)
+{
+    (void)stream;
+    return locked(device, args, backward);
+}

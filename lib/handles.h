@@ -1,0 +1,144 @@
+/* handles.h: the structs behind the opaque handles. Seen by lib/ only, never by a backend.
+ *
+ *     context <- model <- adapters <- optimizer          a child holds a reference to its parent
+ *
+ * Weights and layers are separate: tied layers share one weight, and an adapter belongs to a weight. */
+#ifndef PLORA_HANDLES_H
+#define PLORA_HANDLES_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+
+#include "backend.h"
+#include "status.h"
+
+enum { PLORA__ALIGNMENT = 64, PLORA__ARENA_ALIGNMENT = 16 /* elements */ };
+
+struct plora_context {
+    atomic_int references;
+    plora_context_options options;
+    const struct plora_backend *backend;
+    void *device;
+    atomic_size_t current_bytes, peak_bytes, mapped_bytes;
+    atomic_int_fast64_t allocations;
+};
+
+/* context.c: memory through the host's hooks, 64-byte aligned, counted; failures leave a message. zero bytes give NULL. */
+plora_status plora__allocate(plora_context *context, size_t bytes, void **memory);
+plora_status plora__allocate_zeroed(plora_context *context, size_t bytes, void **memory);
+void plora__free(plora_context *context, void *memory, size_t bytes);
+/* Device memory through the backend, which counts it likewise. */
+plora_status plora__device_allocate(plora_context *context, size_t bytes, void **memory);
+void plora__device_free(plora_context *context, void *memory, size_t bytes);
+/* Overflow-checked a * b. */
+plora_status plora__multiply(size_t a, size_t b, size_t *product);
+/* A copy of a string, and its release. */
+plora_status plora__duplicate(plora_context *context, const char *text, char **copy);
+void plora__free_string(plora_context *context, char *text);
+void plora__log(const plora_context *context, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
+
+void plora__context_retain(plora_context *context);
+void plora__context_release(plora_context *context);
+
+struct plora__weight {
+    plora_matrix matrix; /* as stored: [N,K], or [K,N] with fan_in_fan_out */
+    int32_t fan_in_fan_out;
+    int32_t first_layer; /* the layer that introduced it: its index keys the random numbers */
+};
+
+struct plora__layer {
+    char *name;
+    int32_t weight; /* index into weights */
+    int32_t flags;
+    const void *bias;
+    int32_t bias_dtype;
+    int64_t in_features, out_features;
+};
+
+struct plora__model_files; /* model_files.c: the mapped files of an opened model */
+
+struct plora_model {
+    atomic_int references;
+    plora_context *context;
+    struct plora__weight *weights;
+    struct plora__layer *layers;
+    int32_t weight_count, weight_capacity;
+    int32_t layer_count, layer_capacity;
+    atomic_int adapters_made;          /* > 0: no more layers may be added */
+    struct plora__model_files *files; /* NULL for a host-built model */
+};
+
+void plora__model_retain(plora_model *model);
+void plora__model_release(plora_model *model);
+
+/* model_files.c */
+plora_status plora__model_files_open(plora_model *model, const char *path);
+void plora__model_files_close(plora_context *context, struct plora__model_files *files);
+
+/* One adapter: views into the arenas by element offset. */
+struct plora__adapter {
+    int32_t weight;
+    int32_t layer; /* the weight's first_layer */
+    int64_t rank, in_features, out_features;
+    double alpha, scale;
+    int64_t a_offset, b_offset;
+};
+
+struct plora_adapters {
+    atomic_int references;
+    plora_model *model;
+    plora_adapters_options options; /* targets, exclude, overrides are not kept: NULL */
+    struct plora__adapter *adapters;
+    int32_t adapter_count;
+    int32_t *adapter_of_layer; /* [layer_count of the model], -1 = none */
+    struct plora__segment *segments;
+    int32_t segment_count;
+    float *parameters, *gradients; /* device arenas */
+    int64_t parameter_count;
+    int64_t stage;
+    uint64_t dropout_step, dropout_first_token;
+    pthread_mutex_t workspace_lock;
+    void *own_workspace, *workspace; /* device; workspace is own_workspace or the host's */
+    size_t own_workspace_bytes, workspace_bytes;
+    void *merge_workspace;    /* device */
+    size_t merge_workspace_bytes;
+    double *gram;             /* scratch of the unload's effective rank: three [Rmax,Rmax] matrices */
+    size_t gram_bytes;
+    double *merge_bounds;                   /* [adapter_count], scratch of the unload */
+    struct plora__merge_sums *merge_sums; /* [adapter_count], scratch of the unload */
+};
+
+void plora__adapters_retain(plora_adapters *adapters);
+void plora__adapters_release(plora_adapters *adapters);
+/* linear.c: workspace bytes with which every layer's calls can run, those of the usual dtypes in passes of `tokens`. */
+size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens);
+/* unload.c: the arguments of one adapter's merge, from the model's weight and the parameter arena. */
+struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t adapter);
+/* Draws A of every adapter for adapters->stage, and sets B to 0. */
+plora_status plora__adapters_init(plora_adapters *adapters, void *stream);
+/* One adapter of a set that plora__adapters_build() makes: chosen by targets, or read from a file. */
+struct plora__adapter_choice {
+    int32_t layer, rank;
+    double alpha, scale;
+};
+/* adapters.c: a set with these adapters, in the order of their weights; not initialised. */
+plora_status plora__adapters_build(plora_model *model, const plora_adapters_options *options,
+                                   const struct plora__adapter_choice *choices, int32_t choice_count,
+                                   plora_adapters **adapters);
+
+struct plora_optimizer {
+    plora_adapters *adapters;
+    plora_optimizer_options options;
+    float *first_moment, *second_moment; /* device */
+    int64_t step;                        /* since the last reset: bias correction */
+    int64_t schedule_step;               /* since the schedule's last restart */
+    int64_t total_steps;                 /* never reset */
+    int64_t last_unload_step;            /* total_steps at the last unload, -1 = none: RELORA's re-warm-up */
+};
+
+/* schedule.c: the factor on learning_rate for the optimizer's next step. */
+double plora__schedule_factor(const struct plora_optimizer *optimizer);
+/* optimizer.c: the optimizer's part of an unload: moments reset or scaled, counters restarted, as MOMENTS_RESET / _KEEP says. */
+plora_status plora__optimizer_unload(struct plora_optimizer *optimizer, int32_t moments, double momentum, void *stream);
+
+#endif
