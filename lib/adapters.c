@@ -34,6 +34,24 @@ static plora_status check_options(const plora_adapters_options *options)
     return PLORA_OK;
 }
 
+/* A pattern that matches no layer is a mistake that would change ranks and scales without a word. */
+static plora_status check_overrides(const plora_model *model, const plora_adapters_options *options)
+{
+    for (int64_t i = 0; i < options->override_count; ++i) {
+        const plora_adapters_override *override = &options->overrides[i];
+        PLORA_CHECK(override->pattern != NULL && override->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT,
+                    "overrides[%lld]: pattern is NULL or reserved is not 0", (long long)i);
+        int32_t layer = 0;
+        while (layer < model->layer_count &&
+               !plora__pattern_matches(override->pattern, strlen(override->pattern), &model->layers[layer]))
+            ++layer;
+        PLORA_CHECK(layer < model->layer_count, PLORA_ERROR_NOT_FOUND,
+                    "overrides[%lld]: pattern '%s' matches none of the model's %d layers", (long long)i, override->pattern,
+                    model->layer_count);
+    }
+    return PLORA_OK;
+}
+
 static plora_status choose_layer(const plora_model *model, const plora_adapters_options *options, int32_t layer,
                                  struct plora__adapter_choice *choice)
 {
@@ -41,8 +59,6 @@ static plora_status choose_layer(const plora_model *model, const plora_adapters_
     *choice = (struct plora__adapter_choice){.layer = layer, .rank = options->rank, .alpha = options->alpha};
     for (int64_t i = 0; i < options->override_count; ++i) {
         const plora_adapters_override *override = &options->overrides[i];
-        PLORA_CHECK(override->pattern != NULL && override->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT,
-                    "overrides[%lld]: pattern is NULL or reserved is not 0", (long long)i);
         if (!plora__pattern_matches(override->pattern, strlen(override->pattern), chosen)) continue;
         if (override->rank != 0) choice->rank = override->rank;
         if (override->alpha != 0.0) choice->alpha = override->alpha;
@@ -61,6 +77,7 @@ plora_status plora_adapters_create(plora_model *model, const plora_adapters_opti
     plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
     PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_adapters_options"));
     PLORA_TRY(check_options(&options));
+    PLORA_TRY(check_overrides(model, &options));
 
     plora_context *context = model->context;
     const size_t layers = (size_t)model->layer_count;
@@ -106,9 +123,6 @@ void plora__adapters_release(plora_adapters *adapters)
     plora__device_free(context, adapters->gradients, arena_bytes);
     plora__device_free(context, adapters->own_workspace, adapters->own_workspace_bytes);
     plora__device_free(context, adapters->merge_workspace, adapters->merge_workspace_bytes);
-    plora__free(context, adapters->gram, adapters->gram_bytes);
-    plora__free(context, adapters->merge_bounds, count * sizeof *adapters->merge_bounds);
-    plora__free(context, adapters->merge_sums, count * sizeof *adapters->merge_sums);
     plora__free(context, adapters->segments, 2 * count * sizeof *adapters->segments);
     plora__free(context, adapters->adapter_of_layer, (size_t)model->layer_count * sizeof *adapters->adapter_of_layer);
     plora__free(context, adapters->adapters, count * sizeof *adapters->adapters);
@@ -214,17 +228,14 @@ static plora_status allocate_scratch(plora_adapters *adapters)
 {
     plora_context *context = adapters->model->context;
     const struct plora_backend *backend = context->backend;
-    const size_t count = (size_t)adapters->adapter_count;
-    const int64_t tokens = adapters->options.workspace_tokens;
-    size_t merge_bytes = 0, rank_max = 0;
+    size_t merge_bytes = 0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__merge_args args = plora__merge_args(adapters, i);
         const size_t bytes = backend->merge_workspace(context->device, &args);
         if (bytes > merge_bytes) merge_bytes = bytes;
-        if ((size_t)adapters->adapters[i].rank > rank_max) rank_max = (size_t)adapters->adapters[i].rank;
     }
     void *memory;
-    const size_t bytes = plora__linear_workspace_bytes(adapters, tokens);
+    const size_t bytes = plora__linear_workspace_bytes(adapters, adapters->options.workspace_tokens);
     PLORA_TRY(plora__device_allocate(context, bytes, &memory));
     adapters->own_workspace = memory;
     adapters->own_workspace_bytes = bytes;
@@ -233,13 +244,6 @@ static plora_status allocate_scratch(plora_adapters *adapters)
     PLORA_TRY(plora__device_allocate(context, merge_bytes, &memory));
     adapters->merge_workspace = memory;
     adapters->merge_workspace_bytes = merge_bytes;
-    PLORA_TRY(plora__allocate(context, 3 * rank_max * rank_max * sizeof(double), &memory));
-    adapters->gram = memory;
-    adapters->gram_bytes = 3 * rank_max * rank_max * sizeof(double);
-    PLORA_TRY(plora__allocate(context, count * sizeof *adapters->merge_bounds, &memory));
-    adapters->merge_bounds = memory;
-    PLORA_TRY(plora__allocate(context, count * sizeof *adapters->merge_sums, &memory));
-    adapters->merge_sums = memory;
     return PLORA_OK;
 }
 

@@ -101,6 +101,7 @@ void plora_context_destroy(plora_context *context)
 plora_status plora_synchronize(plora_context *context, void *stream)
 {
     PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
+    PLORA_TRY(plora__check_stream(context, stream));
     return context->backend->synchronize(context->device, stream);
 }
 
@@ -113,6 +114,13 @@ plora_status plora_memory_stats(const plora_context *context, plora_memory_stati
     result.allocations = atomic_load(&context->allocations);
     result.mapped_bytes = atomic_load(&context->mapped_bytes);
     return plora__write_result(statistics, &result, sizeof result, "plora_memory_statistics");
+}
+
+plora_status plora__check_stream(const plora_context *context, const void *stream)
+{
+    PLORA_CHECK(stream == NULL || context->options.backend != PLORA_BACKEND_CPU, PLORA_ERROR_INVALID_ARGUMENT,
+                "stream is %p: must be NULL for the CPU backend", stream);
+    return PLORA_OK;
 }
 
 static void count_allocation(plora_context *context, size_t bytes)

@@ -37,6 +37,9 @@ plora_status plora__duplicate(plora_context *context, const char *text, char **c
 void plora__free_string(plora_context *context, char *text);
 void plora__log(const plora_context *context, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
 
+/* A CPU context has no streams. */
+plora_status plora__check_stream(const plora_context *context, const void *stream);
+
 void plora__context_retain(plora_context *context);
 void plora__context_release(plora_context *context);
 
@@ -102,18 +105,15 @@ struct plora_adapters {
     size_t own_workspace_bytes, workspace_bytes;
     void *merge_workspace;    /* device */
     size_t merge_workspace_bytes;
-    double *gram;             /* scratch of the unload's effective rank: three [Rmax,Rmax] matrices */
-    size_t gram_bytes;
-    double *merge_bounds;                   /* [adapter_count], scratch of the unload */
-    struct plora__merge_sums *merge_sums; /* [adapter_count], scratch of the unload */
 };
+
+/* unload.c: what the backend is to merge for one adapter at momentum 1, without sums. */
+struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t adapter);
 
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);
 /* linear.c: workspace bytes with which every layer's calls can run, those of the usual dtypes in passes of `tokens`. */
 size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens);
-/* unload.c: the arguments of one adapter's merge, from the model's weight and the parameter arena. */
-struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t adapter);
 /* Draws A of every adapter for adapters->stage, and sets B to 0. */
 plora_status plora__adapters_init(plora_adapters *adapters, void *stream);
 /* One adapter of a set that plora__adapters_build() makes: chosen by targets, or read from a file. */

@@ -5,7 +5,7 @@
 #include "handles.h"
 #include "matrix.h"
 
-enum { FEW_TOKENS = 16 }; /* pass size that a workspace has for operands that must be widened */
+enum { FEW_TOKENS = 16 }; /* what the workspace always has room for where a layer has no adapter and operands must be widened */
 
 /* ----------------------------------------------------------------------------------------------------------- arguments */
 
@@ -50,20 +50,25 @@ static size_t workspace_of(const plora_adapters *adapters, int32_t layer, int64_
     return context->backend->linear_workspace(context->device, &args);
 }
 
-size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens)
+/* Whether a call of these dtypes runs in passes of workspace_tokens: with an adapter always, so that the gradient's sums over
+ * the tokens are cut alike everywhere; without one when nothing must be widened, which would take memory for a whole head. */
+static int has_full_passes(const plora_adapters *adapters, int32_t layer, int32_t x, int32_t y)
 {
     const plora_model *model = adapters->model;
+    const int32_t weight = model->weights[model->layers[layer].weight].matrix.dtype;
+    return adapters->adapter_of_layer[layer] >= 0 || (x == y && (x == PLORA_F32 || weight == PLORA_BF16));
+}
+
+size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens)
+{
     const int64_t few = tokens < FEW_TOKENS ? tokens : FEW_TOKENS;
     size_t most = 0;
-    for (int32_t i = 0; i < model->layer_count; ++i) {
-        const int bf16_weight = model->weights[model->layers[i].weight].matrix.dtype == PLORA_BF16;
+    for (int32_t i = 0; i < adapters->model->layer_count; ++i)
         for (int32_t x = PLORA_F32; x <= PLORA_BF16; ++x)
             for (int32_t y = PLORA_F32; y <= PLORA_BF16; ++y) {
-                const int usual = x == y && (x == PLORA_F32 || bf16_weight);
-                const size_t bytes = workspace_of(adapters, i, usual ? tokens : few, x, y);
+                const size_t bytes = workspace_of(adapters, i, has_full_passes(adapters, i, x, y) ? tokens : few, x, y);
                 if (bytes > most) most = bytes;
             }
-    }
     return most;
 }
 
@@ -81,6 +86,9 @@ static plora_status check_matrix(const plora_matrix *matrix, const char *what, c
                 (long long)matrix->columns, (long long)rows, (long long)columns);
     PLORA_CHECK(matrix->stride >= columns, PLORA_ERROR_SHAPE, "layer '%s': %s has stride %lld: must be >= %lld", layer, what,
                 (long long)matrix->stride, (long long)columns);
+    PLORA_CHECK(rows <= PTRDIFF_MAX / 4 / matrix->stride, PLORA_ERROR_SHAPE,
+                "layer '%s': %s of %lld rows with stride %lld exceeds the address space", layer, what, (long long)rows,
+                (long long)matrix->stride);
     PLORA_CHECK(matrix->data != NULL || rows == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': %s.data is NULL", layer, what);
     PLORA_CHECK((uintptr_t)matrix->data % plora__dtype_size(matrix->dtype) == 0, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer '%s': %s at %p is not aligned for %s", layer, what, matrix->data, plora__dtype_name(matrix->dtype));
@@ -88,7 +96,7 @@ static plora_status check_matrix(const plora_matrix *matrix, const char *what, c
 }
 
 static plora_status check_call(const plora_adapters *adapters, int32_t layer, const plora_matrix *x, const plora_matrix *y,
-                               const char *y_name, uint32_t flags, uint32_t known_flags)
+                               const char *y_name, uint32_t flags, uint32_t known_flags, void *stream)
 {
     PLORA_CHECK(adapters != NULL && x != NULL && y != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
                 adapters == NULL ? "adapters"
@@ -98,6 +106,7 @@ static plora_status check_call(const plora_adapters *adapters, int32_t layer, co
     PLORA_CHECK(layer >= 0 && layer < model->layer_count, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer %d: the model has layers 0 .. %d", layer, model->layer_count - 1);
     PLORA_CHECK((flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "unknown flags 0x%x", flags & ~known_flags);
+    PLORA_TRY(plora__check_stream(model->context, stream));
     const struct plora__layer *found = &model->layers[layer];
     PLORA_TRY(check_matrix(x, "x", found->name, x->rows, found->in_features));
     return check_matrix(y, y_name, found->name, x->rows, found->out_features);
@@ -115,18 +124,31 @@ static plora_matrix rows_from(const plora_matrix *matrix, int64_t first, int64_t
 
 typedef plora_status (*linear_operation)(void *device, const struct plora__linear_args *args, void *stream);
 
-/* Runs the operation over all tokens, as many a pass as the workspace holds. args->tokens is the whole T. */
-static plora_status run_passes(plora_adapters *adapters, const struct plora__linear_args *whole, linear_operation operation,
-                               void *stream)
+/* The tokens of one pass: workspace_tokens, or what a smaller workspace of the host's holds. */
+static int64_t pass_tokens(const plora_adapters *adapters, int32_t layer, const struct plora__linear_args *whole)
+{
+    const plora_context *context = adapters->model->context;
+    struct plora__linear_args args = *whole;
+    const int full = has_full_passes(adapters, layer, args.x.dtype, args.y.dtype);
+    const int64_t most = full                             ? adapters->options.workspace_tokens
+                         : context->options.deterministic ? FEW_TOKENS
+                                                          : args.tokens;
+    if (args.tokens > most) args.tokens = most;
+    while (args.tokens > 1 && context->backend->linear_workspace(context->device, &args) > adapters->workspace_bytes)
+        args.tokens = (args.tokens + 1) / 2;
+    return args.tokens;
+}
+
+/* Runs the operation over all tokens, a pass at a time. whole->tokens is T. */
+static plora_status run_passes(plora_adapters *adapters, int32_t layer, const struct plora__linear_args *whole,
+                               linear_operation operation, void *stream)
 {
     const plora_context *context = adapters->model->context;
     plora_status status = PLORA_OK;
     pthread_mutex_lock(&adapters->workspace_lock);
     struct plora__linear_args args = *whole;
     args.workspace = adapters->workspace;
-    while (args.tokens > 1 && context->backend->linear_workspace(context->device, &args) > adapters->workspace_bytes)
-        args.tokens = (args.tokens + 1) / 2;
-    const int64_t pass = args.tokens;
+    const int64_t pass = pass_tokens(adapters, layer, whole);
     for (int64_t first = 0; first < whole->tokens && status == PLORA_OK; first += pass) {
         args.tokens = whole->tokens - first < pass ? whole->tokens - first : pass;
         args.x = rows_from(&whole->x, first, args.tokens);
@@ -142,7 +164,7 @@ static plora_status run_passes(plora_adapters *adapters, const struct plora__lin
 plora_status plora_linear_forward(plora_adapters *adapters, int32_t layer, const plora_matrix *x, const plora_matrix *y,
                                   uint32_t flags, void *stream)
 {
-    PLORA_TRY(check_call(adapters, layer, x, y, "y", flags, PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY));
+    PLORA_TRY(check_call(adapters, layer, x, y, "y", flags, PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY, stream));
     PLORA_CHECK(!plora__matrix_overlap(x, y), PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': x at %p and y at %p overlap",
                 adapters->model->layers[layer].name, x->data, y->data);
     struct plora__linear_args args = layer_args(adapters, layer);
@@ -151,14 +173,14 @@ plora_status plora_linear_forward(plora_adapters *adapters, int32_t layer, const
     args.y = *y;
     args.delta_only = (flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     if ((flags & PLORA_LINEAR_DROPOUT) == 0) args.dropout.probability = 0.0;
-    return run_passes(adapters, &args, adapters->model->context->backend->linear_forward, stream);
+    return run_passes(adapters, layer, &args, adapters->model->context->backend->linear_forward, stream);
 }
 
 plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x, const plora_matrix *dy,
                                    const plora_matrix *dx, uint32_t flags, void *stream)
 {
     PLORA_TRY(check_call(adapters, layer, x, dy, "dy", flags,
-                         PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY | PLORA_LINEAR_ACCUMULATE));
+                         PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY | PLORA_LINEAR_ACCUMULATE, stream));
     struct plora__linear_args args = layer_args(adapters, layer);
     if (dx != NULL) {
         const char *name = adapters->model->layers[layer].name;
@@ -173,5 +195,5 @@ plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, cons
     args.delta_only = (flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     args.accumulate = (flags & PLORA_LINEAR_ACCUMULATE) != 0;
     if ((flags & PLORA_LINEAR_DROPOUT) == 0) args.dropout.probability = 0.0;
-    return run_passes(adapters, &args, adapters->model->context->backend->linear_backward, stream);
+    return run_passes(adapters, layer, &args, adapters->model->context->backend->linear_backward, stream);
 }

@@ -13,10 +13,14 @@ plora_status plora__fail(plora_status status, const char *format, ...) __attribu
 /* Puts "context: " in front of the stored message, e.g. the path of the file a parser failed in; returns `status`. */
 plora_status plora__fail_in(plora_status status, const char *context);
 
-/* Returns from the function when the condition does not hold. */
+/* Returns from the function when the condition does not hold. The constant is returned rather than plora__fail()'s result, so
+ * that static analysis sees that it is not PLORA_OK. */
 #define PLORA_CHECK(condition, status, ...)                                                                            \
     do {                                                                                                               \
-        if (!(condition)) return plora__fail((status), __VA_ARGS__);                                                   \
+        if (!(condition)) {                                                                                            \
+            plora__fail((status), __VA_ARGS__);                                                                        \
+            return (status);                                                                                           \
+        }                                                                                                              \
     } while (0)
 
 /* Returns a failing status to the caller. */
@@ -30,7 +34,8 @@ plora_status plora__fail_in(plora_status status, const char *context);
 #define PLORA_CHECK_OUT(condition, code, ...)                                                                          \
     do {                                                                                                               \
         if (!(condition)) {                                                                                            \
-            status = plora__fail((code), __VA_ARGS__);                                                                 \
+            plora__fail((code), __VA_ARGS__);                                                                          \
+            status = (code);                                                                                           \
             goto out;                                                                                                  \
         }                                                                                                              \
     } while (0)

@@ -1,0 +1,400 @@
+/* checkpoint.c: the state of a run as one safetensors file.
+ *
+ *     tensors     parameters, first_moment, second_moment [count] fp32: the arenas as they lie in memory
+ *                 weight.<layer> [rows, columns] in the weight's dtype, with PLORA_CHECKPOINT_WEIGHTS
+ *     metadata    state: counters that a load restores
+ *                 options: what must be the same in the run that loads, compared as text
+ *                 adapters: one line per adapter, "layer N K rank scale"
+ *
+ * Gradients are not saved: a checkpoint lies between two steps. A load checks the whole file before its first write. */
+#include <errno.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dtype.h"
+#include "json.h"
+#include "safetensors.h"
+
+/* ---------------------------------------------------------------------------------------------------------- description */
+
+enum { ENTRIES_MAX = 40, VALUE_BYTES = 40 };
+
+/* The metadata of the handles as they are now. Keys without a "state." in front are options. */
+struct description {
+    struct plora__metadata entries[ENTRIES_MAX];
+    char values[ENTRIES_MAX][VALUE_BYTES];
+    int32_t count;
+    struct plora__text adapters;
+};
+
+static void describe_integer(struct description *description, const char *key, int64_t value)
+{
+    char *text = description->values[description->count];
+    snprintf(text, VALUE_BYTES, "%" PRId64, value);
+    description->entries[description->count++] = (struct plora__metadata){key, text};
+}
+
+static void describe_unsigned(struct description *description, const char *key, uint64_t value)
+{
+    char *text = description->values[description->count];
+    snprintf(text, VALUE_BYTES, "%" PRIu64, value);
+    description->entries[description->count++] = (struct plora__metadata){key, text};
+}
+
+/* 17 digits are exact; the point does not depend on the locale. */
+static void describe_real(struct description *description, const char *key, double value)
+{
+    char *text = description->values[description->count];
+    snprintf(text, VALUE_BYTES, "%.17g", value);
+    for (char *c = text; *c != '\0'; ++c)
+        if (strchr("0123456789+-einfa", *c) == NULL) *c = '.';
+    description->entries[description->count++] = (struct plora__metadata){key, text};
+}
+
+static void describe_optimizer(struct description *description, const struct plora_optimizer *optimizer)
+{
+    const plora_optimizer_options *options = &optimizer->options;
+    describe_integer(description, "state.step", optimizer->step);
+    describe_integer(description, "state.schedule_step", optimizer->schedule_step);
+    describe_integer(description, "state.total_steps", optimizer->total_steps);
+    describe_integer(description, "state.last_unload_step", optimizer->last_unload_step);
+    describe_integer(description, "optimizer.algorithm", options->algorithm);
+    describe_integer(description, "optimizer.schedule", options->schedule);
+    describe_real(description, "optimizer.learning_rate", options->learning_rate);
+    describe_real(description, "optimizer.beta1", options->beta1);
+    describe_real(description, "optimizer.beta2", options->beta2);
+    describe_real(description, "optimizer.epsilon", options->epsilon);
+    describe_real(description, "optimizer.weight_decay", options->weight_decay);
+    describe_real(description, "optimizer.b_ratio", options->b_ratio);
+    describe_real(description, "optimizer.max_gradient_norm", options->max_gradient_norm);
+    describe_real(description, "optimizer.final_ratio", options->final_ratio);
+    describe_integer(description, "optimizer.warmup_steps", options->warmup_steps);
+    describe_integer(description, "optimizer.period_steps", options->period_steps);
+    describe_integer(description, "optimizer.rewarmup_steps", options->rewarmup_steps);
+}
+
+static plora_status describe(struct description *description, const plora_adapters *adapters,
+                             const struct plora_optimizer *optimizer)
+{
+    memset(description, 0, sizeof *description);
+    description->adapters.context = adapters->model->context;
+    description->entries[description->count++] = (struct plora__metadata){"format", "plora-checkpoint"};
+    description->entries[description->count++] = (struct plora__metadata){"version", "1"};
+    describe_integer(description, "state.stage", adapters->stage);
+    describe_unsigned(description, "state.dropout_step", adapters->dropout_step);
+    describe_unsigned(description, "state.dropout_first_token", adapters->dropout_first_token);
+    describe_unsigned(description, "adapters.seed", adapters->options.seed);
+    describe_integer(description, "adapters.init", adapters->options.init);
+    describe_real(description, "adapters.dropout", adapters->options.dropout);
+    if (optimizer != NULL) describe_optimizer(description, optimizer);
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const struct plora__adapter *adapter = &adapters->adapters[i];
+        PLORA_TRY(plora__text_format(&description->adapters, "%s N=%" PRId64 " K=%" PRId64 " rank=%" PRId64 " scale=",
+                                     adapters->model->layers[adapter->layer].name, adapter->out_features,
+                                     adapter->in_features, adapter->rank));
+        PLORA_TRY(plora__text_number(&description->adapters, adapter->scale));
+        PLORA_TRY(plora__text_format(&description->adapters, "\n"));
+    }
+    PLORA_TRY(plora__text_format(&description->adapters, "%s", ""));
+    description->entries[description->count++] = (struct plora__metadata){"adapters", description->adapters.data};
+    return PLORA_OK;
+}
+
+static plora_status check_handles(const plora_adapters *adapters, const struct plora_optimizer *optimizer,
+                                  const char *path)
+{
+    PLORA_CHECK(adapters != NULL && path != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
+                adapters == NULL ? "adapters" : "path");
+    PLORA_CHECK(optimizer == NULL || optimizer->adapters == adapters, PLORA_ERROR_INVALID_ARGUMENT,
+                "the optimizer belongs to other adapters");
+    return PLORA_OK;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- tensors */
+
+enum { ARENAS_MAX = 3 };
+
+/* The tensors that the handles hold, with their memory as data. */
+struct tensors {
+    struct plora__tensor *list;
+    int32_t count, arenas;
+    int64_t (*shapes)[2];
+    char *names;
+    void *block;
+    size_t bytes;
+};
+
+static void list_arena(struct tensors *tensors, const char *name, float *data, int64_t count)
+{
+    if (data == NULL) return;
+    int64_t *shape = tensors->shapes[tensors->count];
+    shape[0] = count;
+    tensors->list[tensors->count++] = (struct plora__tensor){
+        .name = name,
+        .dtype = plora__dtype_name(PLORA_F32),
+        .shape = shape,
+        .dimensions = 1,
+        .bytes = (size_t)count * sizeof(float),
+        .data = data,
+    };
+    tensors->arenas = tensors->count;
+}
+
+static void list_weight(struct tensors *tensors, const char *layer, const plora_matrix *weight)
+{
+    const size_t size = plora__dtype_size(weight->dtype);
+    int64_t *shape = tensors->shapes[tensors->count];
+    char *name = tensors->names;
+    tensors->names += sprintf(name, "weight.%s", layer) + 1;
+    shape[0] = weight->rows;
+    shape[1] = weight->columns;
+    tensors->list[tensors->count++] = (struct plora__tensor){
+        .name = name,
+        .dtype = plora__dtype_name(weight->dtype),
+        .shape = shape,
+        .dimensions = 2,
+        .bytes = (size_t)(weight->rows * weight->columns) * size,
+        .data = weight->data,
+        .row_bytes = (size_t)weight->columns * size,
+        .stride_bytes = (size_t)weight->stride * size,
+    };
+}
+
+static plora_status list_tensors(const plora_adapters *adapters, const struct plora_optimizer *optimizer, int weights,
+                                 struct tensors *tensors)
+{
+    const plora_model *model = adapters->model;
+    const size_t most = ARENAS_MAX + (weights ? (size_t)adapters->adapter_count : 0);
+    const size_t shapes_at = most * sizeof *tensors->list, names_at = shapes_at + most * sizeof *tensors->shapes;
+    *tensors = (struct tensors){.bytes = names_at};
+    for (int32_t i = 0; weights && i < adapters->adapter_count; ++i)
+        tensors->bytes += strlen(model->layers[adapters->adapters[i].layer].name) + sizeof "weight.";
+    PLORA_TRY(plora__allocate(model->context, tensors->bytes, &tensors->block));
+    tensors->list = tensors->block;
+    tensors->shapes = (int64_t(*)[2])((char *)tensors->block + shapes_at);
+    tensors->names = (char *)tensors->block + names_at;
+    list_arena(tensors, "parameters", adapters->parameters, adapters->parameter_count);
+    if (optimizer != NULL) {
+        list_arena(tensors, "first_moment", optimizer->first_moment, adapters->parameter_count);
+        list_arena(tensors, "second_moment", optimizer->second_moment, adapters->parameter_count);
+    }
+    for (int32_t i = 0; weights && i < adapters->adapter_count; ++i) {
+        const struct plora__adapter *adapter = &adapters->adapters[i];
+        list_weight(tensors, model->layers[adapter->layer].name, &model->weights[adapter->weight].matrix);
+    }
+    return PLORA_OK;
+}
+
+plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
+                                   uint32_t flags)
+{
+    PLORA_TRY(check_handles(adapters, optimizer, path));
+    PLORA_CHECK((flags & ~(uint32_t)PLORA_CHECKPOINT_WEIGHTS) == 0, PLORA_ERROR_INVALID_ARGUMENT, "unknown flags 0x%x",
+                (unsigned)flags);
+    plora_context *context = adapters->model->context;
+    struct description description;
+    struct tensors tensors = {0};
+    plora_status status;
+    PLORA_TRY_OUT(describe(&description, adapters, optimizer));
+    PLORA_TRY_OUT(list_tensors(adapters, optimizer, (flags & PLORA_CHECKPOINT_WEIGHTS) != 0, &tensors));
+    PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
+    status =
+        plora__safetensors_write(context, path, tensors.list, tensors.count, description.entries, description.count);
+out:
+    plora__free(context, tensors.block, tensors.bytes);
+    plora__text_free(&description.adapters);
+    return status;
+}
+
+/* ------------------------------------------------------------------------------------------------------------- loading */
+
+/* The adapters' lines differ: the message shows the first that does. */
+static plora_status adapters_differ(const char *file, const char *here)
+{
+    for (;;) {
+        const size_t a = strcspn(file, "\n"), b = strcspn(here, "\n");
+        if (a != b || memcmp(file, here, a) != 0 || a == 0)
+            return plora__fail(PLORA_ERROR_INVALID_ARGUMENT,
+                               "the checkpoint was made with the adapter '%.*s', here is '%.*s'",
+                               a < 300 ? (int)a : 300, file, b < 300 ? (int)b : 300, here);
+        file += a + (file[a] != '\0');
+        here += b + (here[b] != '\0');
+    }
+}
+
+static plora_status check_options(const struct plora__safetensors *file, const struct description *description)
+{
+    for (int32_t i = 0; i < description->count; ++i) {
+        const char *key = description->entries[i].key, *here = description->entries[i].value;
+        const char *there = plora__safetensors_metadata(file, key);
+        if (i < 2) /* format, version */
+            PLORA_CHECK(there != NULL && strcmp(there, here) == 0, PLORA_ERROR_FORMAT,
+                        "not a checkpoint of this version: %s is '%.100s', not '%s'", key,
+                        there == NULL ? "absent" : there, here);
+        PLORA_CHECK(there != NULL || plora__safetensors_find(file, "first_moment") != NULL,
+                    PLORA_ERROR_INVALID_ARGUMENT, "the checkpoint was made without an optimizer: it has no %s", key);
+        PLORA_CHECK(there != NULL, PLORA_ERROR_FORMAT, "the checkpoint has no %s", key);
+        if (strncmp(key, "state.", 6) == 0 || strcmp(there, here) == 0) continue;
+        if (strcmp(key, "adapters") == 0) return adapters_differ(there, here);
+        return plora__fail(PLORA_ERROR_INVALID_ARGUMENT, "the checkpoint was made with %s = %.100s, here it is %s", key,
+                           there, here);
+    }
+    return PLORA_OK;
+}
+
+struct state {
+    int64_t stage, step, schedule_step, total_steps, last_unload_step;
+    uint64_t dropout_step, dropout_first_token;
+};
+
+static plora_status read_unsigned(const struct plora__safetensors *file, const char *key, uint64_t *value)
+{
+    const char *text = plora__safetensors_metadata(file, key);
+    const size_t length = text == NULL ? 0 : strlen(text);
+    PLORA_CHECK(length > 0 && length <= 20 && strspn(text, "0123456789") == length, PLORA_ERROR_FORMAT,
+                "%s is '%.100s': must be a number", key, text == NULL ? "absent" : text);
+    errno = 0;
+    *value = strtoull(text, NULL, 10);
+    PLORA_CHECK(errno == 0, PLORA_ERROR_FORMAT, "%s is %s: exceeds 64 bits", key, text);
+    return PLORA_OK;
+}
+
+static plora_status read_counter(const struct plora__safetensors *file, const char *key, int64_t least, int64_t *value)
+{
+    const char *text = plora__safetensors_metadata(file, key);
+    uint64_t number;
+    if (least < 0 && text != NULL && strcmp(text, "-1") == 0) {
+        *value = -1;
+        return PLORA_OK;
+    }
+    PLORA_TRY(read_unsigned(file, key, &number));
+    PLORA_CHECK(number <= INT64_MAX, PLORA_ERROR_FORMAT, "%s is %s: exceeds 63 bits", key, text);
+    *value = (int64_t)number;
+    return PLORA_OK;
+}
+
+static plora_status read_state(const struct plora__safetensors *file, int optimizer, struct state *state)
+{
+    PLORA_TRY(read_counter(file, "state.stage", 0, &state->stage));
+    PLORA_TRY(read_unsigned(file, "state.dropout_step", &state->dropout_step));
+    PLORA_TRY(read_unsigned(file, "state.dropout_first_token", &state->dropout_first_token));
+    if (!optimizer) return PLORA_OK;
+    PLORA_TRY(read_counter(file, "state.step", 0, &state->step));
+    PLORA_TRY(read_counter(file, "state.schedule_step", 0, &state->schedule_step));
+    PLORA_TRY(read_counter(file, "state.total_steps", 0, &state->total_steps));
+    PLORA_TRY(read_counter(file, "state.last_unload_step", -1, &state->last_unload_step));
+    PLORA_CHECK(state->step <= state->total_steps && state->schedule_step <= state->total_steps &&
+                    state->last_unload_step <= state->total_steps,
+                PLORA_ERROR_FORMAT,
+                "counters contradict each other: step %" PRId64 ", schedule_step %" PRId64 ", last_unload_step %" PRId64
+                " of %" PRId64,
+                state->step, state->schedule_step, state->last_unload_step, state->total_steps);
+    return PLORA_OK;
+}
+
+static plora_status check_values(const struct plora__tensor *tensor, int non_negative)
+{
+    const int32_t dtype = plora__tensor_dtype(tensor);
+    const size_t size = plora__dtype_size(dtype), count = tensor->bytes / size;
+    for (size_t i = 0; i < count; ++i) {
+        const float value = plora__load(tensor->data, (int64_t)i, dtype);
+        const int good = value - value == 0.0f && !(non_negative && value < 0.0f); /* inf - inf is NaN */
+        PLORA_CHECK(good, PLORA_ERROR_FORMAT, "tensor '%.200s': the value at byte %llu is %g", tensor->name,
+                    (unsigned long long)(tensor->offset + i * size), (double)value);
+    }
+    return PLORA_OK;
+}
+
+/* The tensor of the file that belongs to one of the handles', checked. */
+static plora_status check_tensor(const struct plora__safetensors *file, const struct plora__tensor *here)
+{
+    const struct plora__tensor *there = plora__safetensors_find(file, here->name);
+    PLORA_CHECK(there != NULL, PLORA_ERROR_FORMAT, "there is no tensor '%.200s'", here->name);
+    PLORA_CHECK(strcmp(there->dtype, here->dtype) == 0, PLORA_ERROR_SHAPE,
+                "tensor '%.200s' at byte %llu is %s, here it is %s", here->name, (unsigned long long)there->offset,
+                there->dtype, here->dtype);
+    int same = there->dimensions == here->dimensions;
+    for (int32_t d = 0; same && d < here->dimensions; ++d)
+        same = there->shape[d] == here->shape[d];
+    PLORA_CHECK(same, PLORA_ERROR_SHAPE,
+                "tensor '%.200s' at byte %llu has %zu bytes in %d dimensions, here it has %zu in %d, or another shape",
+                here->name, (unsigned long long)there->offset, there->bytes, there->dimensions, here->bytes,
+                here->dimensions);
+    return check_values(there, strcmp(here->name, "second_moment") == 0);
+}
+
+static plora_status check_all(const struct plora__safetensors *file, const struct tensors *tensors)
+{
+    for (int32_t i = 0; i < tensors->count; ++i)
+        PLORA_TRY(check_tensor(file, &tensors->list[i]));
+    for (int32_t i = 0; i < file->tensor_count; ++i) {
+        const char *name = file->tensors[i].name;
+        int32_t known = 0;
+        while (known < tensors->count && strcmp(tensors->list[known].name, name) != 0)
+            ++known;
+        /* The moments are left alone when the host loads adapters only. */
+        if (known == tensors->count && strcmp(name, "first_moment") != 0 && strcmp(name, "second_moment") != 0)
+            return plora__fail(PLORA_ERROR_FORMAT, "tensor '%.200s' at byte %llu does not belong here", name,
+                               (unsigned long long)file->tensors[i].offset);
+    }
+    return PLORA_OK;
+}
+
+static plora_status copy_all(plora_context *context, const struct plora__safetensors *file,
+                             const struct tensors *tensors)
+{
+    for (int32_t i = 0; i < tensors->count; ++i) {
+        const struct plora__tensor *here = &tensors->list[i];
+        const unsigned char *from = plora__safetensors_find(file, here->name)->data;
+        unsigned char *to = here->data;
+        const size_t row = here->row_bytes > 0 ? here->row_bytes : here->bytes;
+        for (size_t done = 0; done < here->bytes; done += row, from += row, to += here->stride_bytes)
+            PLORA_TRY(context->backend->copy(context->device, to, from, row, NULL));
+    }
+    return context->backend->synchronize(context->device, NULL);
+}
+
+static void set_state(plora_adapters *adapters, struct plora_optimizer *optimizer, const struct state *state)
+{
+    adapters->stage = state->stage;
+    adapters->dropout_step = state->dropout_step;
+    adapters->dropout_first_token = state->dropout_first_token;
+    if (optimizer == NULL) return;
+    optimizer->step = state->step;
+    optimizer->schedule_step = state->schedule_step;
+    optimizer->total_steps = state->total_steps;
+    optimizer->last_unload_step = state->last_unload_step;
+}
+
+static int has_weights(const struct plora__safetensors *file)
+{
+    for (int32_t i = 0; i < file->tensor_count; ++i)
+        if (strncmp(file->tensors[i].name, "weight.", 7) == 0) return 1;
+    return 0;
+}
+
+plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *optimizer, const char *path)
+{
+    PLORA_TRY(check_handles(adapters, optimizer, path));
+    plora_context *context = adapters->model->context;
+    struct plora__safetensors file;
+    struct description description;
+    struct tensors tensors = {0};
+    struct state state = {0};
+    plora_status status;
+    PLORA_TRY(plora__safetensors_open(context, path, &file));
+    PLORA_TRY_OUT(describe(&description, adapters, optimizer));
+    PLORA_TRY_OUT(check_options(&file, &description));
+    PLORA_TRY_OUT(read_state(&file, optimizer != NULL, &state));
+    PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), &tensors));
+    PLORA_TRY_OUT(check_all(&file, &tensors));
+    PLORA_TRY_OUT(copy_all(context, &file, &tensors));
+    set_state(adapters, optimizer, &state);
+out:
+    plora__free(context, tensors.block, tensors.bytes);
+    plora__text_free(&description.adapters);
+    plora__safetensors_close(&file);
+    return status == PLORA_OK ? PLORA_OK : plora__fail_in(status, path);
+}

@@ -1,0 +1,220 @@
+/* cpu_merge.c: the launchers of the unload: W += factor * left right over all threads, and the magnitudes checked before it.
+ *
+ *     workspace   [right, packed][left, packed][partial sums of each block][with sums: three R x R matrices of doubles]
+ *
+ * W is cut into blocks of rows whose size depends on the kernel alone, and the sums of the blocks are added in order: the same
+ * bits for any number of threads. The tiles themselves are in merge_kernels.c. */
+#include <math.h>
+
+#include "cpu_backend.h"
+#include "dtype.h"
+#include "isa.h"
+#include "merge_kernels.h"
+
+enum { BLOCK_TILES = 4, ALIGNMENT = 64 };
+
+struct partial {
+    struct plora__merge_sums sums;
+    int64_t overflows;
+};
+
+struct layout {
+    int64_t tiles, panels, blocks;       /* of rows, of columns, of BLOCK_TILES tiles */
+    int64_t left_panels;                 /* `left` packed like `right`, for its Gram matrix */
+    size_t left, partials, grams, bytes; /* offsets; `right` is at 0 */
+};
+
+static int64_t pieces(int64_t whole, int64_t piece)
+{
+    return (whole + piece - 1) / piece;
+}
+
+static size_t align(size_t bytes)
+{
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+static struct layout layout(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args)
+{
+    const int64_t rows = args->weight.rows, height = kernels->tile_rows, width = kernels->tile_columns;
+    struct layout layout;
+    layout.tiles = pieces(rows, height);
+    layout.panels = pieces(args->weight.columns, width);
+    layout.blocks = pieces(layout.tiles, BLOCK_TILES);
+    layout.left_panels = pieces(rows, width);
+    const int64_t left_tiles = layout.tiles * height, left_panels = layout.left_panels * width;
+    const size_t row = (size_t)args->rank * sizeof(float);
+    layout.left = align((size_t)(layout.panels * width) * row);
+    layout.partials = layout.left + align((size_t)(left_tiles > left_panels ? left_tiles : left_panels) * row);
+    layout.grams = layout.partials + align((size_t)layout.blocks * sizeof(struct partial));
+    layout.bytes = layout.grams + 3 * (size_t)(args->rank * args->rank) * sizeof(double);
+    return layout;
+}
+
+size_t cpu_merge_workspace_with(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args)
+{
+    return layout(kernels, args).bytes;
+}
+
+static int64_t at_most(int64_t value, int64_t limit)
+{
+    return value < limit ? value : limit;
+}
+
+static void compute_gram(const struct cpu_merge_kernels *kernels, int threads, const float *panels, int64_t panel_count,
+                         int64_t rank, double *gram)
+{
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t row = 0; row < rank; row += kernels->gram_rows)
+        kernels->gram(panels, panel_count, rank, row, gram);
+}
+
+/* With M = (L^T L) (Q Q^T), L = left, Q = right, the eigenvalues of M are the squares of the singular values of L Q, so the
+ * effective rank is (tr M)^2 / tr(M^2): no decomposition. `left` in the workspace is overwritten. */
+static double effective_rank(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args,
+                             const struct layout *layout)
+{
+    const int64_t rank = args->rank, width = kernels->tile_columns, rows = args->weight.rows;
+    char *base = args->workspace;
+    float *left = (float *)(base + layout->left);
+    double *left_gram = (double *)(base + layout->grams), *right_gram = left_gram + rank * rank;
+    double *product = right_gram + rank * rank;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < layout->left_panels; ++panel)
+        kernels->pack(args->left + panel * width * args->left_row_stride, args->left_row_stride, args->left_rank_stride,
+                      rank, at_most(width, rows - panel * width), width, left + panel * width * rank);
+    compute_gram(kernels, threads, left, layout->left_panels, rank, left_gram);
+    compute_gram(kernels, threads, (const float *)base, layout->panels, rank, right_gram);
+
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t i = 0; i < rank; ++i) {
+        double *row = product + i * rank;
+        memset(row, 0, (size_t)rank * sizeof *row);
+        for (int64_t k = 0; k < rank; ++k)
+            for (int64_t j = 0; j < rank; ++j)
+                row[j] += left_gram[i * rank + k] * right_gram[k * rank + j];
+    }
+    double trace = 0, trace_square = 0;
+    for (int64_t i = 0; i < rank; ++i) {
+        trace += product[i * rank + i];
+        for (int64_t j = 0; j < rank; ++j)
+            trace_square += product[i * rank + j] * product[j * rank + i];
+    }
+    return trace > 0 && trace_square > 0 ? trace * trace / trace_square : 0;
+}
+
+/* Adds the blocks up in order. */
+static void combine(const struct partial *partials, int64_t blocks, struct plora__merge_sums *sums, int64_t *overflows)
+{
+    struct plora__merge_sums total = {.effective_rank = 0};
+    int64_t overflow_count = 0;
+    for (int64_t i = 0; i < blocks; ++i) {
+        const struct plora__merge_sums *part = &partials[i].sums;
+        overflow_count += partials[i].overflows;
+        if (sums == NULL) continue;
+        total.dd += part->dd;
+        total.gd += part->gd;
+        total.ww += part->ww;
+        total.changed += part->changed;
+        if (part->lost_max > total.lost_max) total.lost_max = part->lost_max;
+    }
+    if (sums != NULL) *sums = total;
+    if (overflows != NULL) *overflows = overflow_count;
+}
+
+void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args)
+{
+    const struct layout places = layout(kernels, args);
+    const int64_t rank = args->rank, height = kernels->tile_rows, width = kernels->tile_columns;
+    const int64_t rows = args->weight.rows, columns = args->weight.columns, stride = args->weight.stride;
+    const int dry = args->overflows != NULL;
+    char *base = args->workspace;
+    float *right = (float *)base, *left = (float *)(base + places.left);
+    struct partial *partials = (struct partial *)(base + places.partials);
+    (void)threads; /* unused without OpenMP */
+
+    double effective = 0;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < places.panels; ++panel)
+        kernels->pack_panel(args->right + panel * width * args->right_column_stride, args->right_column_stride,
+                            args->right_rank_stride, rank, at_most(width, columns - panel * width), args->weight.dtype,
+                            right + panel * width * rank);
+    if (args->sums != NULL && !dry) effective = effective_rank(kernels, threads, args, &places);
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t number = 0; number < places.blocks; ++number) {
+        const int64_t first = number * BLOCK_TILES * height, count = at_most(BLOCK_TILES * height, rows - first);
+        for (int64_t row = first; row < first + count; row += height)
+            kernels->pack(args->left + row * args->left_row_stride, args->left_row_stride, args->left_rank_stride, rank,
+                          at_most(height, rows - row), height, left + row * rank);
+        struct partial *partial = &partials[number];
+        partial->overflows = 0;
+        const struct cpu_merge_block block = {
+            .weight = (char *)args->weight.data + (size_t)(first * stride) * plora__dtype_size(args->weight.dtype),
+            .stride = stride,
+            .rows = count,
+            .columns = columns,
+            .rank = rank,
+            .dtype = args->weight.dtype,
+            .factor = args->factor,
+            .left = left + first * rank,
+            .right = right,
+            .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
+            .overflows = dry ? &partial->overflows : NULL,
+        };
+        kernels->block(&block);
+    }
+    combine(partials, places.blocks, dry ? NULL : args->sums, args->overflows);
+    if (args->sums != NULL && !dry) args->sums->effective_rank = effective;
+}
+
+double cpu_max_magnitude_with(const struct cpu_merge_kernels *kernels, int threads, const plora_matrix *matrix)
+{
+    const size_t size = plora__dtype_size(matrix->dtype);
+    uint32_t maximum = 0;
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : maximum)
+    for (int64_t i = 0; i < matrix->rows; ++i) {
+        const char *row = (const char *)matrix->data + size * (size_t)(i * matrix->stride);
+        const uint32_t bits = kernels->magnitude(row, matrix->columns, matrix->dtype);
+        if (bits > maximum) maximum = bits;
+    }
+    const uint32_t infinity = matrix->dtype == PLORA_F32    ? 0x7f800000u
+                              : matrix->dtype == PLORA_BF16 ? 0x7f80u
+                                                            : 0x7c00u;
+    if (maximum >= infinity) return INFINITY;
+    const uint16_t half = (uint16_t)maximum;
+    return matrix->dtype == PLORA_F32 ? plora__float_from_bits(maximum) : plora__load(&half, 0, matrix->dtype);
+}
+
+const struct cpu_merge_kernels *cpu_merge_kernels(int isa)
+{
+    static const struct cpu_merge_kernels *const tables[CPU_ISA_COUNT] = {
+        &cpu_merge_kernels_portable,
+        &cpu_merge_kernels_avx2,
+        &cpu_merge_kernels_avx512,
+    };
+    return tables[isa];
+}
+
+size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)
+{
+    (void)device;
+    return cpu_merge_workspace_with(cpu_merge_kernels(cpu_isa()), args);
+}
+
+plora_status cpu_max_magnitude(void *device, const plora_matrix *matrix, double *result, void *stream)
+{
+    (void)stream;
+    *result =
+        cpu_max_magnitude_with(cpu_merge_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, matrix);
+    return PLORA_OK;
+}
+
+plora_status cpu_merge(void *device, const struct plora__merge_args *args, void *stream)
+{
+    (void)stream;
+    cpu_merge_with(cpu_merge_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, args);
+    return PLORA_OK;
+}

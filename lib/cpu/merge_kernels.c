@@ -1,0 +1,372 @@
+/* merge_kernels.c: W += factor * left right, a tile of W at a time, compiled once per instruction level (isa.h).
+ *
+ *     sum[i,j] = sum_r left[i,r] right[r,j]      fp32 accumulators in registers, TILE_ROWS x TILE_VECTORS of them
+ *     W[i,j]   = round(W[i,j] + factor sum[i,j]) one fma (portable level: product and sum) and one rounding to nearest even
+ *
+ * W is read and written once; rows of tiles walk along the columns, and the next tile's lines are prefetched while this one
+ * computes. A tile over the edge works on a copy padded with zeros, so that every element goes through the same operations.
+ *
+ * bf16 columns are paired: one 32-bit lane holds columns 2j (low half) and 2j+1 (high half), so widening is a shift and a mask,
+ * and no lane ever moves. pack_panel() deals the columns of `right` accordingly: evens first, then odds. */
+#include "merge_kernels.h"
+
+#include <stdatomic.h>
+
+#include "dtype.h"
+#include "vector.h"
+
+#if CPU_ISA == CPU_ISA_AVX512
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, GRAM_ROWS = 4 };
+#elif CPU_ISA == CPU_ISA_AVX2
+enum { TILE_ROWS = 6, TILE_VECTORS = 2, GRAM_ROWS = 2 };
+#else
+enum { TILE_ROWS = 4, TILE_VECTORS = 2, GRAM_ROWS = 2 };
+#endif
+enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
+
+typedef int32_t __attribute__((may_alias)) aliased_int32;
+typedef int16_t __attribute__((may_alias)) aliased_int16;
+
+/* The report of plora__merge_sums, by lanes. */
+struct lane_sums {
+    cpu_vd dd, gd, ww, lost_max;
+    cpu_vi changed;
+};
+
+/* Two registers of W. */
+struct pair {
+    cpu_vf first, second;
+};
+
+#if CPU_ISA == CPU_ISA_PORTABLE
+static cpu_vf load_f16(const uint16_t *from)
+{
+    cpu_vf value;
+    for (int i = 0; i < CPU_LANES; ++i)
+        value[i] = plora__f16_to_float(from[i]);
+    return value;
+}
+
+static void store_f16(uint16_t *to, cpu_vf value)
+{
+    for (int i = 0; i < CPU_LANES; ++i)
+        to[i] = plora__float_to_f16(value[i]);
+}
+#elif CPU_ISA == CPU_ISA_AVX2
+CPU_INLINE cpu_vf load_f16(const uint16_t *from)
+{
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
+
+CPU_INLINE void store_f16(uint16_t *to, cpu_vf value)
+{
+    _mm_storeu_si128((__m128i *)to, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#else
+CPU_INLINE cpu_vf load_f16(const uint16_t *from)
+{
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+
+CPU_INLINE void store_f16(uint16_t *to, cpu_vf value)
+{
+    _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#endif
+
+CPU_INLINE struct pair split_bf16(cpu_vu halves)
+{
+    return (struct pair){(cpu_vf)(halves << 16), (cpu_vf)(halves & 0xffff0000u)};
+}
+
+/* Both registers rounded to bf16 and joined again. With h the upper and l the lower half of a float, h goes up when l is past
+ * the middle, or on it with h odd: when (l | (h & 1)) > 0x8000. The NaNs that an addition makes have l = 0 and stay NaN. */
+CPU_INLINE cpu_vu join_bf16(struct pair value)
+{
+    const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
+#if CPU_ISA == CPU_ISA_AVX512
+    enum { OR_AND = 0xf8 }; /* a | (b & c) */
+    const __m512i high =
+        _mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32((int)0xffff0000u), OR_AND);
+    const __m512i low =
+        _mm512_ternarylogic_epi32((__m512i)(second << 16), (__m512i)first, _mm512_set1_epi32(0xffff), OR_AND);
+    const __m512i tie = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(1), OR_AND);
+    const __mmask32 up = _mm512_cmpgt_epu16_mask(tie, _mm512_set1_epi16(INT16_MIN));
+    return (cpu_vu)_mm512_mask_add_epi16(high, up, high, _mm512_set1_epi16(1));
+#else
+    const cpu_vu16 high = (cpu_vu16)((first >> 16) | (second & 0xffff0000u));
+    const cpu_vu16 low = (cpu_vu16)((second << 16) | (first & 0xffffu));
+    return (cpu_vu)(high - (cpu_vu16)((low | (high & 1)) > 0x8000u));
+#endif
+}
+
+CPU_INLINE struct pair load_pair(const char *from, int32_t dtype)
+{
+    if (dtype == PLORA_BF16) return split_bf16((cpu_vu)cpu_load(from));
+    if (dtype == PLORA_F16)
+        return (struct pair){load_f16((const uint16_t *)from), load_f16((const uint16_t *)from + CPU_LANES)};
+    return (struct pair){cpu_load(from), cpu_load(from + sizeof(cpu_vf))};
+}
+
+CPU_INLINE void store_pair(char *to, struct pair value, int32_t dtype)
+{
+    if (dtype == PLORA_BF16) {
+        cpu_store(to, (cpu_vf)join_bf16(value));
+    } else if (dtype == PLORA_F16) {
+        store_f16((uint16_t *)to, value.first);
+        store_f16((uint16_t *)to + CPU_LANES, value.second);
+    } else {
+        cpu_store(to, value.first);
+        cpu_store(to + sizeof(cpu_vf), value.second);
+    }
+}
+
+CPU_INLINE void add_sums(struct lane_sums *sums, cpu_vf before, cpu_vf after, cpu_vf sum, cpu_vd factor)
+{
+    for (int half = 0; half < 2; ++half) {
+        const cpu_vd w = cpu_widen(before, half), d = factor * cpu_widen(sum, half); /* exact: 24 + 24 bits */
+        const cpu_vd g = cpu_widen(after, half) - w;
+        sums->dd = cpu_fma_double(d, d, sums->dd);
+        sums->gd = cpu_fma_double(g, d, sums->gd);
+        sums->ww = cpu_fma_double(w, w, sums->ww);
+        sums->lost_max = cpu_max_magnitude_double(sums->lost_max, d - g);
+    }
+    sums->changed -= (cpu_vi)before != (cpu_vi)after;
+}
+
+/* One tile at `weight`, rows `stride` bytes apart. sums may be NULL; dtype and sums != NULL are constants at every call. */
+CPU_INLINE void merge_tile(char *weight, int64_t stride, const float *left, const float *right, int64_t rank,
+                           float factor, int32_t dtype, struct lane_sums *sums)
+{
+    cpu_vf sum[TILE_ROWS][TILE_VECTORS];
+    const int64_t pair_bytes = (dtype == PLORA_F32 ? 2 : 1) * (int64_t)sizeof(cpu_vf),
+                  row_bytes = pair_bytes * TILE_VECTORS / 2;
+    const int64_t phase = (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL; /* of the sum over r */
+    uintptr_t next = (uintptr_t)weight + (uintptr_t)row_bytes; /* may lie past the row, where a prefetch does no harm */
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; ++j)
+            sum[i][j] = (cpu_vf){0};
+    /* The prefetches of the next tile are spread over the sum: all at once would use up the fill buffers. */
+    for (int64_t end = 0, r = 0, ahead = 0; r < rank;) {
+        end = end + phase < rank ? end + phase : rank;
+        for (; ahead * rank < end * TILE_ROWS; ++ahead, next += (uintptr_t)stride)
+            for (int64_t line = 0; line < row_bytes; line += CACHE_LINE)
+                __builtin_prefetch((const char *)(next + (uintptr_t)line), 1);
+#pragma GCC unroll 4
+        for (; r < end; ++r, left += TILE_ROWS, right += TILE_COLUMNS) {
+            cpu_vf row[TILE_VECTORS];
+#pragma GCC unroll 8
+            for (int j = 0; j < TILE_VECTORS; ++j)
+                row[j] = cpu_load(right + j * CPU_LANES);
+#pragma GCC unroll 8
+            for (int i = 0; i < TILE_ROWS; ++i) {
+                const cpu_vf value = cpu_broadcast(left[i]);
+#pragma GCC unroll 8
+                for (int j = 0; j < TILE_VECTORS; ++j)
+                    sum[i][j] = cpu_fma(value, row[j], sum[i][j]);
+            }
+        }
+    }
+    atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
+    const cpu_vf factors = cpu_broadcast(factor);
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; ++i)
+#pragma GCC unroll 8
+        for (int j = 0; j < TILE_VECTORS; j += 2) {
+            char *place = weight + i * stride + j / 2 * pair_bytes;
+            const struct pair before = load_pair(place, dtype);
+            const struct pair after = {cpu_fma(factors, sum[i][j], before.first),
+                                       cpu_fma(factors, sum[i][j + 1], before.second)};
+            store_pair(place, after, dtype);
+            if (sums != NULL) {
+                const struct pair stored = load_pair(place, dtype);
+                const cpu_vd wide_factor = cpu_widen(factors, 0);
+                add_sums(sums, before.first, stored.first, sum[i][j], wide_factor);
+                add_sums(sums, before.second, stored.second, sum[i][j + 1], wide_factor);
+            }
+        }
+}
+
+/* Copies the part [rows, columns] of a tile between W and the padded copy. */
+static void copy_tile(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows,
+                      size_t row_bytes)
+{
+    for (int64_t i = 0; i < rows; ++i)
+        memcpy(to + i * to_stride, from + i * from_stride, row_bytes);
+}
+
+static int64_t count_overflows(const char *before, const char *after, int64_t elements, int32_t dtype)
+{
+    int64_t count = 0;
+    for (int64_t i = 0; i < elements; ++i)
+        count += isfinite(plora__load(before, i, dtype)) && !isfinite(plora__load(after, i, dtype));
+    return count;
+}
+
+CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, struct lane_sums *sums)
+{
+    const int64_t size = (int64_t)plora__dtype_size(dtype), stride = block->stride * size,
+                  tile_stride = TILE_COLUMNS * size;
+    for (int64_t column = 0; column < block->columns; column += TILE_COLUMNS) {
+        const float *right = block->right + column * block->rank;
+        for (int64_t row = 0; row < block->rows; row += TILE_ROWS) {
+            const float *left = block->left + row * block->rank;
+            char *weight = (char *)block->weight + row * stride + column * size;
+            const int64_t rows = block->rows - row, columns = block->columns - column;
+            if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL) {
+                merge_tile(weight, stride, left, right, block->rank, block->factor, dtype, sums);
+                continue;
+            }
+            _Alignas(CACHE_LINE) char tile[2][TILE_ROWS * TILE_COLUMNS * sizeof(float)];
+            memset(tile[0], 0, sizeof tile[0]);
+            const int64_t valid_rows = rows < TILE_ROWS ? rows : TILE_ROWS;
+            const size_t row_bytes = (size_t)((columns < TILE_COLUMNS ? columns : TILE_COLUMNS) * size);
+            copy_tile(tile[0], tile_stride, weight, stride, valid_rows, row_bytes);
+            if (block->overflows != NULL) memcpy(tile[1], tile[0], sizeof tile[1]);
+            merge_tile(tile[0], tile_stride, left, right, block->rank, block->factor, dtype, sums);
+            if (block->overflows != NULL)
+                *block->overflows += count_overflows(tile[1], tile[0], TILE_ROWS * TILE_COLUMNS, dtype);
+            else
+                copy_tile(weight, stride, tile[0], tile_stride, valid_rows, row_bytes);
+        }
+    }
+}
+
+#define DEFINE_BLOCK(name, dtype)                                                                                      \
+    static void merge_##name(const struct cpu_merge_block *block)                                                      \
+    {                                                                                                                  \
+        merge_block(block, dtype, NULL);                                                                               \
+    }                                                                                                                  \
+    static void merge_sums_##name(const struct cpu_merge_block *block, struct lane_sums *sums)                         \
+    {                                                                                                                  \
+        merge_block(block, dtype, sums);                                                                               \
+    }
+
+DEFINE_BLOCK(f32, PLORA_F32)
+DEFINE_BLOCK(bf16, PLORA_BF16)
+DEFINE_BLOCK(f16, PLORA_F16)
+
+static void merge(const struct cpu_merge_block *block)
+{
+    if (block->overflows != NULL) *block->overflows = 0;
+    if (block->sums == NULL || block->overflows != NULL) {
+        if (block->dtype == PLORA_F32)
+            merge_f32(block);
+        else if (block->dtype == PLORA_BF16)
+            merge_bf16(block);
+        else
+            merge_f16(block);
+        return;
+    }
+    struct lane_sums lanes;
+    memset(&lanes, 0, sizeof lanes);
+    if (block->dtype == PLORA_F32)
+        merge_sums_f32(block, &lanes);
+    else if (block->dtype == PLORA_BF16)
+        merge_sums_bf16(block, &lanes);
+    else
+        merge_sums_f16(block, &lanes);
+    struct plora__merge_sums *sums = block->sums;
+    sums->dd = cpu_sum_double(lanes.dd);
+    sums->gd = cpu_sum_double(lanes.gd);
+    sums->ww = cpu_sum_double(lanes.ww);
+    sums->changed = 0;
+    for (int i = 0; i < CPU_LANES; ++i)
+        sums->changed += lanes.changed[i];
+    sums->lost_max = 0;
+    for (int i = 0; i < CPU_LANES / 2; ++i)
+        if (lanes.lost_max[i] > sums->lost_max) sums->lost_max = lanes.lost_max[i];
+}
+
+static void pack(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count, int64_t width,
+                 float *packed)
+{
+    for (int64_t r = 0; r < rank; ++r, source += rank_stride, packed += width) {
+        if (stride == 1)
+            memcpy(packed, source, (size_t)count * sizeof *packed);
+        else
+            for (int64_t c = 0; c < count; ++c)
+                packed[c] = source[c * stride];
+        for (int64_t c = count; c < width; ++c)
+            packed[c] = 0.0f;
+    }
+}
+
+static void pack_panel(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count,
+                       int32_t dtype, float *packed)
+{
+    pack(source, stride, rank_stride, rank, count, TILE_COLUMNS, packed);
+    if (dtype != PLORA_BF16) return;
+    for (int64_t group = 0; group < rank * TILE_VECTORS / 2; ++group, packed += 2 * CPU_LANES) {
+        float columns[2 * CPU_LANES];
+        memcpy(columns, packed, sizeof columns);
+        for (int i = 0; i < CPU_LANES; ++i) {
+            packed[i] = columns[2 * i];
+            packed[CPU_LANES + i] = columns[2 * i + 1];
+        }
+    }
+}
+
+static void gram(const float *panels, int64_t panel_count, int64_t rank, int64_t begin, double *gram)
+{
+    const float *left[GRAM_ROWS], *right[GRAM_COLUMNS];
+    for (int i = 0; i < GRAM_ROWS; ++i) /* rows past the end: any, and not stored */
+        left[i] = panels + TILE_COLUMNS * (begin + i < rank ? begin + i : rank - 1);
+    for (int64_t first = begin; first < rank; first += GRAM_COLUMNS) {
+        for (int j = 0; j < GRAM_COLUMNS; ++j)
+            right[j] = panels + TILE_COLUMNS * (first + j < rank ? first + j : rank - 1);
+        cpu_vd sum[GRAM_ROWS][GRAM_COLUMNS];
+        memset(sum, 0, sizeof sum);
+        for (int64_t panel = 0; panel < panel_count; ++panel)
+            for (int64_t c = panel * rank * TILE_COLUMNS; c < panel * rank * TILE_COLUMNS + TILE_COLUMNS;
+                 c += CPU_LANES / 2) {
+                cpu_vd values[GRAM_COLUMNS];
+#pragma GCC unroll 4
+                for (int j = 0; j < GRAM_COLUMNS; ++j)
+                    values[j] = cpu_load_double(right[j] + c);
+#pragma GCC unroll 4
+                for (int i = 0; i < GRAM_ROWS; ++i) {
+                    const cpu_vd value = cpu_load_double(left[i] + c);
+#pragma GCC unroll 4
+                    for (int j = 0; j < GRAM_COLUMNS; ++j)
+                        sum[i][j] = cpu_fma_double(value, values[j], sum[i][j]);
+                }
+            }
+        for (int64_t i = begin; i < begin + GRAM_ROWS && i < rank; ++i)
+            for (int64_t j = first > i ? first : i; j < first + GRAM_COLUMNS && j < rank; ++j)
+                gram[i * rank + j] = gram[j * rank + i] = cpu_sum_double(sum[i - begin][j - first]);
+    }
+}
+
+static uint32_t magnitude(const void *values, int64_t count, int32_t dtype)
+{
+    if (dtype == PLORA_F32) {
+        const aliased_int32 *bits = values;
+        int32_t maximum = 0;
+        for (int64_t i = 0; i < count; ++i) {
+            const int32_t value = bits[i] & INT32_MAX;
+            maximum = value > maximum ? value : maximum;
+        }
+        return (uint32_t)maximum;
+    }
+    const aliased_int16 *bits = values;
+    int16_t maximum = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const int16_t value = bits[i] & INT16_MAX;
+        maximum = value > maximum ? value : maximum;
+    }
+    return (uint32_t)maximum;
+}
+
+const struct cpu_merge_kernels CPU_ISA_NAME(cpu_merge_kernels) = {
+    .tile_rows = TILE_ROWS,
+    .tile_columns = TILE_COLUMNS,
+    .pack = pack,
+    .pack_panel = pack_panel,
+    .block = merge,
+    .gram_rows = GRAM_ROWS,
+    .gram = gram,
+    .magnitude = magnitude,
+};

@@ -1,0 +1,136 @@
+/* vector.h: one register of fp32 numbers at the instruction level of the file being compiled (isa.h), by the compiler's vector
+ * extension, and the few operations that need an instruction of their own.
+ *
+ * cpu_vf holds CPU_LANES floats, cpu_vi as many int32, cpu_vd half as many doubles. Fused multiply-add is written out: -ffp-contract
+ * is off, and the portable level, which has no such instruction, rounds twice. */
+#ifndef PLORA_CPU_VECTOR_H
+#define PLORA_CPU_VECTOR_H
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "isa.h"
+
+#if CPU_ISA > CPU_ISA_PORTABLE || defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#if CPU_ISA == CPU_ISA_AVX512
+#define CPU_LANES 16
+#define CPU_ISA_NAME(name) name##_avx512
+#elif CPU_ISA == CPU_ISA_AVX2
+#define CPU_LANES 8
+#define CPU_ISA_NAME(name) name##_avx2
+#else
+#define CPU_LANES 4
+#define CPU_ISA_NAME(name) name##_portable
+#endif
+
+typedef float cpu_vf __attribute__((vector_size(4 * CPU_LANES)));
+typedef int32_t cpu_vi __attribute__((vector_size(4 * CPU_LANES)));
+typedef uint32_t cpu_vu __attribute__((vector_size(4 * CPU_LANES)));
+typedef uint16_t cpu_vu16 __attribute__((vector_size(4 * CPU_LANES)));
+typedef double cpu_vd __attribute__((vector_size(4 * CPU_LANES)));
+typedef int64_t cpu_vl __attribute__((vector_size(4 * CPU_LANES)));
+typedef float cpu_vh __attribute__((vector_size(2 * CPU_LANES)));
+
+#define CPU_INLINE static inline __attribute__((always_inline))
+
+CPU_INLINE cpu_vf cpu_load(const void *from)
+{
+    cpu_vf value;
+    memcpy(&value, from, sizeof value);
+    return value;
+}
+
+CPU_INLINE void cpu_store(void *to, cpu_vf value)
+{
+    memcpy(to, &value, sizeof value);
+}
+
+CPU_INLINE cpu_vf cpu_broadcast(float value)
+{
+    return value - (cpu_vf){0}; /* of a scalar and a vector: -0 and NaN come through */
+}
+
+/* a b + c */
+CPU_INLINE cpu_vf cpu_fma(cpu_vf a, cpu_vf b, cpu_vf c)
+{
+#if CPU_ISA == CPU_ISA_AVX512
+    return _mm512_fmadd_ps(a, b, c);
+#elif CPU_ISA == CPU_ISA_AVX2
+    return _mm256_fmadd_ps(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+CPU_INLINE cpu_vd cpu_fma_double(cpu_vd a, cpu_vd b, cpu_vd c)
+{
+#if CPU_ISA == CPU_ISA_AVX512
+    return _mm512_fmadd_pd(a, b, c);
+#elif CPU_ISA == CPU_ISA_AVX2
+    return _mm256_fmadd_pd(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+CPU_INLINE cpu_vf cpu_sqrt(cpu_vf value)
+{
+#if CPU_ISA == CPU_ISA_AVX512
+    return _mm512_sqrt_ps(value);
+#elif CPU_ISA == CPU_ISA_AVX2
+    return _mm256_sqrt_ps(value);
+#elif defined(__SSE2__)
+    return _mm_sqrt_ps(value);
+#else
+    for (int i = 0; i < CPU_LANES; ++i)
+        value[i] = sqrtf(value[i]);
+    return value;
+#endif
+}
+
+/* The doubles of the lower (half 0) and upper (half 1) lanes. */
+CPU_INLINE cpu_vd cpu_widen(cpu_vf value, int half)
+{
+#if CPU_ISA == CPU_ISA_AVX512
+    return _mm512_cvtps_pd(half ? _mm512_extractf32x8_ps(value, 1) : _mm512_castps512_ps256(value));
+#else
+    cpu_vh halves[2];
+    memcpy(halves, &value, sizeof halves);
+    return __builtin_convertvector(halves[half], cpu_vd);
+#endif
+}
+
+/* The doubles of CPU_LANES / 2 floats in memory. */
+CPU_INLINE cpu_vd cpu_load_double(const float *from)
+{
+    cpu_vh value;
+    memcpy(&value, from, sizeof value);
+    return __builtin_convertvector(value, cpu_vd);
+}
+
+/* max(maximum, |value|) */
+CPU_INLINE cpu_vd cpu_max_magnitude_double(cpu_vd maximum, cpu_vd value)
+{
+    const cpu_vd magnitude = (cpu_vd)((cpu_vl)value & INT64_MAX);
+#if CPU_ISA == CPU_ISA_AVX512
+    return _mm512_max_pd(magnitude, maximum);
+#else
+    const cpu_vl greater = magnitude > maximum;
+    return (cpu_vd)(((cpu_vl)magnitude & greater) | ((cpu_vl)maximum & ~greater));
+#endif
+}
+
+/* The sum of the lanes, in order. */
+CPU_INLINE double cpu_sum_double(cpu_vd value)
+{
+    double sum = 0;
+    for (int i = 0; i < CPU_LANES / 2; ++i)
+        sum += value[i];
+    return sum;
+}
+
+#endif

@@ -1,0 +1,200 @@
+/* unload.c: the end of a stage: every adapter moves into its weight, and what remains of it starts again (arXiv 2402.16141).
+ *
+ *     check everything -> merge weight by weight -> scale or draw A, B -> optimizer -> gradients 0 -> next stage
+ *
+ * Whether a merge would overflow is nearly always settled without reading W: no finite W can overflow while |D| stays below half
+ * a unit in the last place of the largest finite number, and |D| <= R |m s| max|A| max|B|. Only past that bound the backend goes
+ * through the merge once without writing. The products and the report's sums are the backend's merge. */
+#include <math.h>
+#include <string.h>
+
+#include "dtype.h"
+#include "handles.h"
+
+static const char *name_of(const plora_adapters *adapters, const struct plora__adapter *adapter)
+{
+    return adapters->model->layers[adapter->layer].name;
+}
+
+struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number)
+{
+    const struct plora__adapter *adapter = &adapters->adapters[number];
+    const struct plora__weight *weight = &adapters->model->weights[adapter->weight];
+    const float *a = adapters->parameters + adapter->a_offset, *b = adapters->parameters + adapter->b_offset;
+    struct plora__merge_args args = {
+        .weight = weight->matrix,
+        .rank = adapter->rank,
+        .factor = (float)adapter->scale,
+        .rounding = PLORA_ROUND_NEAREST,
+        .left = b,
+        .left_row_stride = adapter->rank,
+        .left_rank_stride = 1,
+        .right = a,
+        .right_rank_stride = adapter->in_features,
+        .right_column_stride = 1,
+        .workspace = adapters->merge_workspace,
+    };
+    if (weight->fan_in_fan_out) { /* W^T += m s A^T B^T */
+        args.left = a;
+        args.left_row_stride = 1;
+        args.left_rank_stride = adapter->in_features;
+        args.right = b;
+        args.right_rank_stride = 1;
+        args.right_column_stride = adapter->rank;
+    }
+    return args;
+}
+
+/* No finite weight of the dtype becomes infinite by adding less than this: a quarter of the last place of the largest one. */
+static double harmless(int32_t dtype)
+{
+    return dtype == PLORA_F32 ? 0x1p102 : dtype == PLORA_BF16 ? 0x1p118 : 8.0;
+}
+
+static plora_status max_magnitude(const plora_adapters *adapters, const struct plora__adapter *adapter, int is_b,
+                                  double *result, void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    const int64_t rows = is_b ? adapter->out_features : adapter->rank;
+    const int64_t columns = is_b ? adapter->rank : adapter->in_features;
+    const plora_matrix matrix = {
+        adapters->parameters + (is_b ? adapter->b_offset : adapter->a_offset), rows, columns, columns, PLORA_F32, 0};
+    PLORA_TRY(context->backend->max_magnitude(context->device, &matrix, result, stream));
+    PLORA_CHECK(isfinite(*result), PLORA_ERROR_NON_FINITE,
+                "layer '%s': %s holds an infinite value or NaN, nothing was merged", name_of(adapters, adapter),
+                is_b ? "B" : "A");
+    return PLORA_OK;
+}
+
+static plora_status check_adapter(const plora_adapters *adapters, int32_t number, double momentum, void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    const struct plora__adapter *adapter = &adapters->adapters[number];
+    struct plora__merge_args args = plora__merge_args(adapters, number);
+    args.factor = (float)(momentum * adapter->scale);
+    double a = 0.0, b = 0.0;
+    PLORA_TRY(max_magnitude(adapters, adapter, 0, &a, stream));
+    PLORA_TRY(max_magnitude(adapters, adapter, 1, &b, stream));
+    const double rounding = 1.0 + (double)adapter->rank * 0x1p-22; /* of the fp32 sums */
+    const double largest_sum = (double)adapter->rank * a * b * rounding;
+    if (largest_sum < 0x1p126 && largest_sum * fabs((double)args.factor) < harmless(args.weight.dtype)) return PLORA_OK;
+    int64_t overflows = 0;
+    args.overflows = &overflows;
+    PLORA_TRY(context->backend->merge(context->device, &args, stream));
+    PLORA_CHECK(overflows == 0, PLORA_ERROR_NON_FINITE,
+                "layer '%s': %lld of %lld weights would overflow %s (max|A| %g, max|B| %g, m s %g), nothing was merged",
+                name_of(adapters, adapter), (long long)overflows, (long long)(args.weight.rows * args.weight.columns),
+                plora__dtype_name(args.weight.dtype), a, b, (double)args.factor);
+    return PLORA_OK;
+}
+
+static double root_mean(double sum, double elements)
+{
+    return elements > 0.0 ? sqrt(sum / elements) : 0.0;
+}
+
+/* The figures of one weight, and into the running totals. */
+static struct plora_unload_layer layer_figures(const struct plora__adapter *adapter, double factor,
+                                               const struct plora__merge_sums *sums, double elements)
+{
+    return (struct plora_unload_layer){
+        .layer = adapter->layer,
+        .rank = (int32_t)adapter->rank,
+        .scale = factor,
+        .update_rms = root_mean(sums->dd, elements),
+        .weight_rms = root_mean(sums->ww, elements),
+        .captured = sums->dd > 0.0 ? sums->gd / sums->dd : 1.0,
+        .changed = elements > 0.0 ? sums->changed / elements : 0.0,
+        .lost_max = sums->lost_max,
+        .effective_rank = sums->effective_rank,
+    };
+}
+
+static plora_status merge_all(const plora_adapters *adapters, double momentum, plora_unload_report *report,
+                              void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    struct plora__merge_sums total = {.effective_rank = 0};
+    double all_elements = 0.0;
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const struct plora__adapter *adapter = &adapters->adapters[i];
+        struct plora__merge_args args = plora__merge_args(adapters, i);
+        args.factor = (float)(momentum * adapter->scale);
+        struct plora__merge_sums sums = {.effective_rank = 0};
+        args.sums = report != NULL ? &sums : NULL;
+        PLORA_TRY(context->backend->merge(context->device, &args, stream));
+        if (report == NULL) continue;
+        const double elements = (double)args.weight.rows * (double)args.weight.columns;
+        const plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, &sums, elements);
+        if (report->layers != NULL && i < report->layer_capacity) report->layers[i] = layer;
+        all_elements += elements;
+        total.dd += sums.dd;
+        total.gd += sums.gd;
+        total.ww += sums.ww;
+        total.changed += sums.changed;
+        total.lost_max = fmax(total.lost_max, sums.lost_max);
+        total.effective_rank += sums.effective_rank;
+    }
+    if (report == NULL) return PLORA_OK;
+    report->stage = adapters->stage;
+    report->weights = adapters->adapter_count;
+    report->update_rms = root_mean(total.dd, all_elements);
+    report->weight_rms = root_mean(total.ww, all_elements);
+    report->captured = total.dd > 0.0 ? total.gd / total.dd : 1.0;
+    report->changed = all_elements > 0.0 ? total.changed / all_elements : 0.0;
+    report->lost_max = total.lost_max;
+    report->effective_rank = adapters->adapter_count > 0 ? total.effective_rank / adapters->adapter_count : 0.0;
+    return PLORA_OK;
+}
+
+static plora_status check_options(const plora_adapters *adapters, const plora_optimizer *optimizer,
+                                  plora_unload_options *options)
+{
+    PLORA_CHECK(adapters != NULL, PLORA_ERROR_INVALID_ARGUMENT, "adapters is NULL");
+    PLORA_CHECK(optimizer == NULL || optimizer->adapters == adapters, PLORA_ERROR_INVALID_ARGUMENT,
+                "the optimizer belongs to other adapters");
+    PLORA_CHECK(options->momentum > 0.0 && options->momentum <= 1.0, PLORA_ERROR_INVALID_ARGUMENT,
+                "momentum is %g: must be in (0, 1]", options->momentum);
+    PLORA_CHECK(options->rounding == PLORA_ROUND_NEAREST, PLORA_ERROR_INVALID_ARGUMENT, "rounding %d is unknown",
+                options->rounding);
+    PLORA_CHECK(options->moments >= PLORA_MOMENTS_DEFAULT && options->moments <= PLORA_MOMENTS_KEEP,
+                PLORA_ERROR_INVALID_ARGUMENT, "moments %d is unknown", options->moments);
+    PLORA_CHECK(options->moments != PLORA_MOMENTS_KEEP || options->momentum < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
+                "moments cannot be kept when momentum is 1: nothing of the adapter remains");
+    if (options->moments == PLORA_MOMENTS_DEFAULT)
+        options->moments = options->momentum < 1.0 ? PLORA_MOMENTS_KEEP : PLORA_MOMENTS_RESET;
+    return PLORA_OK;
+}
+
+/* What remains of the adapters in the next stage. */
+static plora_status restart(plora_adapters *adapters, double momentum, void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    const size_t bytes = (size_t)adapters->parameter_count * sizeof(float);
+    PLORA_TRY(context->backend->clear(context->device, adapters->gradients, bytes, stream));
+    adapters->stage++;
+    if (momentum == 1.0) return plora__adapters_init(adapters, stream);
+    return context->backend->scale(context->device, adapters->parameters, adapters->parameter_count,
+                                   (float)sqrt(1.0 - momentum), stream);
+}
+
+plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, const plora_unload_options *given,
+                          plora_unload_report *report, void *stream)
+{
+    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    plora_unload_report result = PLORA_UNLOAD_REPORT_INIT;
+    PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_unload_options"));
+    PLORA_TRY(plora__read_options(&result, sizeof result, report, "plora_unload_report"));
+    PLORA_TRY(check_options(adapters, optimizer, &options));
+    PLORA_TRY(plora__check_stream(adapters->model->context, stream));
+    PLORA_CHECK(result.layer_capacity >= 0 && (result.layers != NULL || result.layer_capacity == 0),
+                PLORA_ERROR_INVALID_ARGUMENT, "layer_capacity is %lld, layers is %s", (long long)result.layer_capacity,
+                result.layers == NULL ? "NULL" : "not NULL");
+    for (int32_t i = 0; i < adapters->adapter_count; ++i)
+        PLORA_TRY(check_adapter(adapters, i, options.momentum, stream));
+
+    PLORA_TRY(merge_all(adapters, options.momentum, report != NULL ? &result : NULL, stream));
+    PLORA_TRY(restart(adapters, options.momentum, stream));
+    if (optimizer != NULL) PLORA_TRY(plora__optimizer_unload(optimizer, options.moments, options.momentum, stream));
+    return report == NULL ? PLORA_OK : plora__write_result(report, &result, sizeof result, "plora_unload_report");
+}

@@ -1,0 +1,318 @@
+/* test_checkpoint.c: a run that was saved and loaded goes on to the same bits as one that was not interrupted; what does not
+ * fit or is damaged is refused and changes nothing. */
+#include "file_fixture.h"
+#include "json.h"
+#include "safetensors.h"
+
+enum { LAYERS = 3 };
+
+struct run {
+    plora_context *context;
+    plora_model *model;
+    struct check_matrix weights[LAYERS];
+    plora_adapters *adapters;
+    plora_optimizer *optimizer;
+};
+
+static const plora_adapters_options base_options = {
+    sizeof(plora_adapters_options), 2, PLORA_INIT_GAUSSIAN, 4.0, 0.25, 77, "all-linear", NULL, NULL, 0, 0, 0, 0};
+
+static plora_optimizer_options optimizer_options(int32_t algorithm)
+{
+    plora_optimizer_options options = PLORA_OPTIMIZER_OPTIONS_INIT;
+    options.algorithm = algorithm;
+    options.schedule = algorithm == PLORA_OPTIMIZER_SGD ? PLORA_SCHEDULE_RELORA : PLORA_SCHEDULE_COSINE;
+    options.learning_rate = 0.01;
+    options.warmup_steps = 2;
+    options.period_steps = 20;
+    options.rewarmup_steps = 3;
+    return options;
+}
+
+static void run_open_with(struct run *run, struct check_allocator *allocator, const plora_adapters_options *options,
+                          const plora_optimizer_options *optimizer)
+{
+    memset(run, 0, sizeof *run);
+    check_reseed(5); /* every run starts from the same weights */
+    run->context = check_context(allocator, 1, 1);
+    CHECK_OK(plora_model_create(run->context, &run->model));
+    for (int i = 0; i < LAYERS; ++i) {
+        static const char *const names[LAYERS] = {"a.q", "b.q", "c.v"};
+        run->weights[i] = check_matrix_new(5 + i, 7 - i, 9, i);
+        check_matrix_random(&run->weights[i], 1.0);
+        CHECK_OK(check_add_linear(run->model, names[i], &run->weights[i].m, NULL, 0,
+                                  i == 2 ? PLORA_LAYER_FAN_IN_FAN_OUT : 0, NULL));
+    }
+    CHECK_OK(plora_adapters_create(run->model, options, &run->adapters));
+    CHECK_OK(plora_optimizer_create(run->adapters, optimizer, &run->optimizer));
+}
+
+static void run_open(struct run *run, struct check_allocator *allocator, int32_t algorithm)
+{
+    const plora_optimizer_options options = optimizer_options(algorithm);
+    run_open_with(run, allocator, &base_options, &options);
+}
+
+static void run_close(struct run *run)
+{
+    plora_optimizer_destroy(run->optimizer);
+    plora_adapters_destroy(run->adapters);
+    plora_model_destroy(run->model);
+    plora_context_destroy(run->context);
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_free(&run->weights[i]);
+}
+
+/* Steps first .. last - 1, with gradients that depend on the step alone, and an unload after every fifth. */
+static void run_steps(struct run *run, int first, int last)
+{
+    for (int step = first; step < last; ++step) {
+        float *gradients;
+        int64_t count;
+        CHECK_OK(plora_adapters_gradients(run->adapters, &gradients, &count));
+        check_reseed(1000 + (uint64_t)step);
+        for (int32_t layer = 0; layer < LAYERS; ++layer) {
+            plora_adapter adapter = PLORA_ADAPTER_INIT;
+            if (plora_adapters_layer(run->adapters, layer, &adapter) != PLORA_OK) continue;
+            for (int64_t i = 0; i < adapter.a.rows * adapter.a.columns; ++i)
+                ((float *)adapter.a_gradient.data)[i] = (float)check_uniform();
+            for (int64_t i = 0; i < adapter.b.rows * adapter.b.columns; ++i)
+                ((float *)adapter.b_gradient.data)[i] = (float)check_uniform();
+        }
+        CHECK_OK(plora_adapters_set_dropout_position(run->adapters, (uint64_t)step, 3));
+        CHECK_OK(plora_optimizer_step(run->optimizer, 0.5, NULL, NULL));
+        if (step % 5 == 4) CHECK_OK(plora_unload(run->adapters, run->optimizer, NULL, NULL, NULL));
+    }
+}
+
+/* Dropout masks too: the output of a forward in training mode. */
+static void check_same_runs(struct run *a, struct run *b, const char *what)
+{
+    float *x[3], *y[3];
+    int64_t count, b_count, a_step, b_step;
+    CHECK_OK(plora_adapters_parameters(a->adapters, &x[0], &count));
+    CHECK_OK(plora_adapters_parameters(b->adapters, &y[0], &b_count));
+    CHECK(count == b_count, "%s: %lld and %lld parameters", what, (long long)count, (long long)b_count);
+    CHECK_OK(plora_optimizer_state(a->optimizer, &x[1], &x[2], NULL, &a_step));
+    CHECK_OK(plora_optimizer_state(b->optimizer, &y[1], &y[2], NULL, &b_step));
+    for (int i = 0; i < 3; ++i)
+        CHECK((x[i] == NULL) == (y[i] == NULL) &&
+                  (x[i] == NULL || memcmp(x[i], y[i], (size_t)count * sizeof(float)) == 0),
+              "%s: arena %d differs", what, i);
+    CHECK(a_step == b_step && plora_adapters_stage(a->adapters) == plora_adapters_stage(b->adapters), "%s: counters",
+          what);
+    CHECK(plora_optimizer_learning_rate(a->optimizer) == plora_optimizer_learning_rate(b->optimizer), "%s: schedule",
+          what);
+    for (int i = 0; i < LAYERS; ++i)
+        for (int64_t r = 0; r < a->weights[i].m.rows; ++r) {
+            const size_t size = plora__dtype_size(a->weights[i].m.dtype), stride = 9 * size;
+            CHECK(memcmp((char *)a->weights[i].m.data + (size_t)r * stride,
+                         (char *)b->weights[i].m.data + (size_t)r * stride,
+                         (size_t)a->weights[i].m.columns * size) == 0,
+                  "%s: row %lld of weight %d", what, (long long)r, i);
+        }
+    float input[4][7], output[2][4][9];
+    check_reseed(9);
+    for (int i = 0; i < 28; ++i)
+        input[i / 7][i % 7] = (float)check_uniform();
+    for (int k = 0; k < 2; ++k) {
+        const plora_matrix in = {input, 4, 7, 7, PLORA_F32, 0}, out = {output[k], 4, 5, 9, PLORA_F32, 0};
+        memset(output[k], 0, sizeof output[k]);
+        CHECK_OK(plora_linear_forward((k ? b : a)->adapters, 0, &in, &out, PLORA_LINEAR_DROPOUT, NULL));
+    }
+    CHECK(memcmp(output[0], output[1], sizeof output[0]) == 0, "%s: a forward with dropout differs", what);
+}
+
+static void resumed(void **state)
+{
+    (void)state;
+    for (int32_t algorithm = PLORA_OPTIMIZER_ADAMW; algorithm <= PLORA_OPTIMIZER_SGD; ++algorithm)
+        for (int at = 0; at <= 12; at += 3) {
+            struct run whole, second;
+            run_open(&whole, NULL, algorithm);
+            run_steps(&whole, 0, at);
+            CHECK_OK(
+                plora_checkpoint_save(whole.adapters, whole.optimizer, file_path("run"), PLORA_CHECKPOINT_WEIGHTS));
+            run_open(&second, NULL, algorithm);
+            run_steps(&second, 0, 2); /* whatever it held before */
+            CHECK_OK(plora_checkpoint_load(second.adapters, second.optimizer, file_path("run")));
+            check_same_runs(&whole, &second, "loaded");
+            run_steps(&whole, at, at + 7);
+            run_steps(&second, at, at + 7);
+            check_same_runs(&whole, &second, "went on");
+            for (int i = 0; i < LAYERS; ++i)
+                check_matrix_guards(&second.weights[i], "the weight that was loaded");
+            run_close(&whole);
+            run_close(&second);
+        }
+}
+
+/* Without PLORA_CHECKPOINT_WEIGHTS and without an optimizer. */
+static void parts(void **state)
+{
+    (void)state;
+    struct run a, b;
+    run_open(&a, NULL, PLORA_OPTIMIZER_ADAMW);
+    run_open(&b, NULL, PLORA_OPTIMIZER_ADAMW);
+    run_steps(&a, 0, 7);
+    CHECK_OK(plora_checkpoint_save(a.adapters, a.optimizer, file_path("run"), 0));
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_snapshot(&b.weights[i]);
+    CHECK_OK(plora_checkpoint_load(b.adapters, NULL, file_path("run")));
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_unchanged(&b.weights[i], "a weight that is not in the file");
+    CHECK(plora_adapters_stage(b.adapters) == 1, "stage %lld", (long long)plora_adapters_stage(b.adapters));
+    int64_t step;
+    CHECK_OK(plora_optimizer_state(b.optimizer, NULL, NULL, NULL, &step));
+    CHECK(step == 0, "the optimizer was not given, but is at step %lld", (long long)step);
+    CHECK_OK(plora_checkpoint_save(a.adapters, NULL, file_path("run"), 0));
+    CHECK_OK(plora_checkpoint_load(b.adapters, NULL, file_path("run")));
+    CHECK_FAILS(plora_checkpoint_load(b.adapters, b.optimizer, file_path("run")), PLORA_ERROR_INVALID_ARGUMENT,
+                "without an optimizer");
+    CHECK_FAILS(plora_checkpoint_save(a.adapters, b.optimizer, file_path("run"), 0), PLORA_ERROR_INVALID_ARGUMENT,
+                "other adapters");
+    CHECK_FAILS(plora_checkpoint_save(a.adapters, NULL, file_path("run"), 2), PLORA_ERROR_INVALID_ARGUMENT, "0x2");
+    CHECK_FAILS(plora_checkpoint_save(NULL, NULL, "x", 0), PLORA_ERROR_INVALID_ARGUMENT, "adapters");
+    CHECK_FAILS(plora_checkpoint_load(a.adapters, NULL, NULL), PLORA_ERROR_INVALID_ARGUMENT, "path");
+    CHECK_FAILS(plora_checkpoint_load(a.adapters, NULL, file_path("absent")), PLORA_ERROR_IO, "absent");
+    CHECK_FAILS(plora_checkpoint_save(a.adapters, NULL, file_path("no/x"), 0), PLORA_ERROR_IO, "No such file");
+    run_close(&a);
+    run_close(&b);
+}
+
+static void other_options(void **state)
+{
+    (void)state;
+    struct run run;
+    run_open(&run, NULL, PLORA_OPTIMIZER_ADAMW);
+    run_steps(&run, 0, 2);
+    CHECK_OK(plora_checkpoint_save(run.adapters, run.optimizer, file_path("run"), 0));
+    run_close(&run);
+    for (int change = 0; change < 8; ++change) {
+        static const char *const messages[8] = {"adapters.seed = 77, here it is 78",
+                                                "adapters.init = 1",
+                                                "adapters.dropout = 0.25",
+                                                "a.q N=5 K=7 rank=2 scale=2'",
+                                                "rank=2 scale=2', here is 'a.q N=5 K=7 rank=1",
+                                                "optimizer.learning_rate = 0.01",
+                                                "optimizer.algorithm = 0",
+                                                "optimizer.warmup_steps = 2, here it is 4"};
+        plora_adapters_options options = base_options;
+        plora_optimizer_options optimizer = optimizer_options(PLORA_OPTIMIZER_ADAMW);
+        if (change == 0) options.seed = 78;
+        if (change == 1) options.init = PLORA_INIT_KAIMING_UNIFORM;
+        if (change == 2) options.dropout = 0.5;
+        if (change == 3) options.targets = "b.q,c.v";
+        if (change == 4) options.rank = 1;
+        if (change == 5) optimizer.learning_rate = 0.02;
+        if (change == 6) optimizer.algorithm = PLORA_OPTIMIZER_SGD;
+        if (change == 7) optimizer.warmup_steps = 4;
+        struct run other;
+        run_open_with(&other, NULL, &options, &optimizer);
+        CHECK_FAILS(plora_checkpoint_load(other.adapters, other.optimizer, file_path("run")),
+                    PLORA_ERROR_INVALID_ARGUMENT, messages[change], "/run: ");
+        run_close(&other);
+    }
+}
+
+/* Writes the checkpoint `from` again to `to`, after one change. */
+static void rewrite(plora_context *context, const char *from, const char *to, int change)
+{
+    struct plora__safetensors file;
+    struct plora__tensor tensors[8];
+    struct plora__metadata metadata[64];
+    static const int64_t other_shape[2] = {1, 35};
+    CHECK_OK(plora__safetensors_open(context, from, &file));
+    int32_t count = file.tensor_count, metadata_count = file.metadata_count;
+    CHECK(count == 6 && metadata_count < 64, "%d tensors", count);
+    memcpy(tensors, file.tensors, (size_t)count * sizeof *tensors);
+    memcpy(metadata, file.metadata, (size_t)metadata_count * sizeof *metadata);
+    for (int32_t i = 0; i < metadata_count; ++i) {
+        const char *key = metadata[i].key;
+        if (change == 0 && strcmp(key, "version") == 0) metadata[i].value = "2";
+        if (change == 1 && strcmp(key, "state.stage") == 0) metadata[i].value = "-1";
+        if (change == 2 && strcmp(key, "state.step") == 0) metadata[i].value = "99999999999999999999";
+        if (change == 3 && strcmp(key, "state.total_steps") == 0) metadata[i].value = "0";
+        if (change == 4 && strcmp(key, "state.dropout_step") == 0) metadata[i].key = "state.other";
+        if (change == 5 && strcmp(key, "format") == 0) metadata[i].value = "pt";
+    }
+    if (change == 6) ((float *)tensors[0].data)[1] = NAN;
+    if (change == 7) ((float *)tensors[2].data)[1] = -1.0f;
+    if (change == 8) ((uint16_t *)tensors[4].data)[3] = 0x7f80;
+    if (change == 9) --count;
+    if (change == 10) tensors[1].name = "third_moment";
+    if (change == 11) tensors[3].shape = other_shape;
+    if (change == 12) tensors[4].dtype = "F16";
+    if (change == 13) tensors[5].name = "weight.d";
+    CHECK_OK(plora__safetensors_write(context, to, tensors, count, metadata, metadata_count));
+    plora__safetensors_close(&file);
+}
+
+static void damaged(void **state)
+{
+    static const struct {
+        plora_status status;
+        const char *message;
+    } cases[14] = {
+        {PLORA_ERROR_FORMAT, "version is '2'"},         {PLORA_ERROR_FORMAT, "state.stage is '-1'"},
+        {PLORA_ERROR_FORMAT, "exceeds 64 bits"},        {PLORA_ERROR_FORMAT, "contradict"},
+        {PLORA_ERROR_FORMAT, "state.dropout_step"},     {PLORA_ERROR_FORMAT, "format is 'pt'"},
+        {PLORA_ERROR_FORMAT, "'parameters'"},           {PLORA_ERROR_FORMAT, "'second_moment'"},
+        {PLORA_ERROR_FORMAT, "'weight.b.q'"},           {PLORA_ERROR_FORMAT, "no tensor 'weight.c.v'"},
+        {PLORA_ERROR_FORMAT, "first_moment"},           {PLORA_ERROR_SHAPE, "'weight.a.q'"},
+        {PLORA_ERROR_SHAPE, "is F16, here it is BF16"}, {PLORA_ERROR_FORMAT, "no tensor 'weight.c.v'"},
+    };
+    (void)state;
+    struct run run, twin;
+    run_open(&run, NULL, PLORA_OPTIMIZER_ADAMW);
+    run_open(&twin, NULL, PLORA_OPTIMIZER_ADAMW);
+    run_steps(&run, 0, 6);
+    CHECK_OK(plora_checkpoint_save(run.adapters, run.optimizer, file_path("run"), PLORA_CHECKPOINT_WEIGHTS));
+    run_steps(&run, 6, 8);
+    run_steps(&twin, 0, 8);
+    for (int change = 0; change < CHECK_COUNT(cases); ++change) {
+        rewrite(run.context, file_path("run"), file_path("bad"), change);
+        CHECK_FAILS(plora_checkpoint_load(run.adapters, run.optimizer, file_path("bad")), cases[change].status,
+                    cases[change].message, "/bad: ");
+        check_same_runs(&run, &twin, "after a refused load");
+    }
+    run_close(&run);
+    run_close(&twin);
+}
+
+static void out_of_memory(void **state)
+{
+    (void)state;
+    struct check_allocator allocator = CHECK_ALLOCATOR_INIT;
+    struct run run;
+    run_open(&run, &allocator, PLORA_OPTIMIZER_ADAMW);
+    const int64_t base = allocator.live;
+    int done = 0;
+    for (int64_t k = 1; !done; ++k) {
+        allocator.fail_at = allocator.calls + k;
+        const int64_t failed = allocator.failed;
+        plora_status status =
+            plora_checkpoint_save(run.adapters, run.optimizer, file_path("oom"), PLORA_CHECKPOINT_WEIGHTS);
+        if (status == PLORA_OK) status = plora_checkpoint_load(run.adapters, run.optimizer, file_path("oom"));
+        done = allocator.failed == failed;
+        CHECK(status == (done ? PLORA_OK : PLORA_ERROR_OUT_OF_MEMORY), "allocation %lld: status %d", (long long)k,
+              status);
+        CHECK(allocator.live == base, "allocation %lld: %lld blocks left", (long long)k,
+              (long long)(allocator.live - base));
+        CHECK(done ? k > 8 : k < 200, "%lld allocations", (long long)k);
+    }
+    allocator.fail_at = 0;
+    run_steps(&run, 0, 6);
+    run_close(&run);
+    check_allocator_empty(&allocator, "out of memory");
+}
+
+int main(void)
+{
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(resumed), cmocka_unit_test(parts),         cmocka_unit_test(other_options),
+        cmocka_unit_test(damaged), cmocka_unit_test(out_of_memory),
+    };
+    check_begin("test_checkpoint");
+    return cmocka_run_group_tests(tests, file_setup, file_teardown);
+}

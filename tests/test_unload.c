@@ -1,0 +1,784 @@
+/* test_unload.c: the merge kernels of every instruction level against the naive reference, and plora_unload() as a whole. */
+#include "check.h"
+#include "cpu/isa.h"
+#include "cpu/merge_kernels.h"
+#include "reference_unload.h"
+
+/* ------------------------------------------------------------------------------------------------------------ kernels */
+
+struct merge_case {
+    int64_t rows, columns, rank, stride;
+    int32_t dtype;
+    int transposed; /* left and right as fan_in_fan_out gives them */
+    float factor;
+    double weight_range;
+};
+
+struct merge_inputs {
+    struct check_matrix weight;
+    float *left, *right;
+    double *before, *d, *magnitude;
+    void *workspace;
+    size_t workspace_bytes;
+    struct plora__merge_args args;
+};
+
+static void *allocate(size_t bytes)
+{
+    void *memory = NULL;
+    CHECK(posix_memalign(&memory, 64, bytes + 64) == 0, "the test itself is out of memory");
+    memset(memory, CHECK_POISON, bytes + 64);
+    return memory;
+}
+
+static struct merge_inputs make_inputs(const struct merge_case *c, const struct cpu_merge_kernels *kernels)
+{
+    struct merge_inputs in = {.weight = check_matrix_new(c->rows, c->columns, c->stride, c->dtype)};
+    check_matrix_random(&in.weight, c->weight_range);
+    const size_t elements = (size_t)(c->rows * c->columns);
+    in.left = allocate((size_t)(c->rows * c->rank) * sizeof(float));
+    in.right = allocate((size_t)(c->columns * c->rank) * sizeof(float));
+    in.before = allocate(elements * sizeof(double));
+    in.d = allocate(elements * sizeof(double));
+    in.magnitude = allocate(elements * sizeof(double));
+    for (int64_t i = 0; i < c->rows * c->rank; ++i)
+        in.left[i] = (float)check_uniform();
+    for (int64_t i = 0; i < c->columns * c->rank; ++i)
+        in.right[i] = (float)check_uniform();
+    for (int64_t i = 0; i < c->rows; ++i)
+        for (int64_t j = 0; j < c->columns; ++j)
+            in.before[i * c->columns + j] = check_element(&in.weight.m, i, j);
+    in.args = (struct plora__merge_args){
+        .weight = in.weight.m,
+        .rank = c->rank,
+        .factor = c->factor,
+        .left = in.left,
+        .left_row_stride = c->transposed ? 1 : c->rank,
+        .left_rank_stride = c->transposed ? c->rows : 1,
+        .right = in.right,
+        .right_rank_stride = c->transposed ? 1 : c->columns,
+        .right_column_stride = c->transposed ? c->rank : 1,
+    };
+    in.workspace_bytes = cpu_merge_workspace_with(kernels, &in.args);
+    in.workspace = in.args.workspace = allocate(in.workspace_bytes);
+    reference_delta(c->factor, c->rows, c->columns, c->rank, in.left, in.args.left_row_stride, in.args.left_rank_stride,
+                    in.right, in.args.right_rank_stride, in.args.right_column_stride, in.d, in.magnitude);
+    return in;
+}
+
+static void free_inputs(struct merge_inputs *in)
+{
+    const unsigned char *end = (const unsigned char *)in->workspace + in->workspace_bytes;
+    for (int i = 0; i < 64; ++i)
+        CHECK(end[i] == CHECK_POISON, "wrote %d bytes behind the workspace", i);
+    check_matrix_free(&in->weight);
+    free(in->left);
+    free(in->right);
+    free(in->before);
+    free(in->d);
+    free(in->magnitude);
+    free(in->workspace);
+}
+
+static const char *describe(const struct merge_case *c, int isa)
+{
+    static char text[200];
+    snprintf(text, sizeof text, "level %d, W[%lld,%lld] stride %lld dtype %d, R %lld, transposed %d", isa,
+             (long long)c->rows, (long long)c->columns, (long long)c->stride, (int)c->dtype, (long long)c->rank,
+             c->transposed);
+    return text;
+}
+
+static void check_merged(const struct merge_case *c, const struct merge_inputs *in, const char *text)
+{
+    for (int64_t i = 0; i < c->rows; ++i)
+        for (int64_t j = 0; j < c->columns; ++j) {
+            const int64_t at = i * c->columns + j;
+            const double want = in->before[at] + in->d[at];
+            const double error = reference_delta_error(c->rank, in->magnitude[at]);
+            CHECK_CLOSE(check_element(&in->weight.m, i, j), want, reference_merge_error(c->dtype, want, error),
+                        "[%lld,%lld], %s", (long long)i, (long long)j, text);
+        }
+    check_matrix_guards(&in->weight, text);
+}
+
+/* The sums against the same sums over what is in memory now. */
+static void check_sums(const struct merge_case *c, const struct merge_inputs *in, const struct plora__merge_sums *sums,
+                       const char *text)
+{
+    double dd = 0, gd = 0, ww = 0, changed = 0, lost_max = 0, dd_error = 0, gd_error = 0, lost_error = 0;
+    for (int64_t i = 0; i < c->rows; ++i)
+        for (int64_t j = 0; j < c->columns; ++j) {
+            const int64_t at = i * c->columns + j;
+            const double w = in->before[at], d = in->d[at], g = check_element(&in->weight.m, i, j) - w;
+            const double error = reference_delta_error(c->rank, in->magnitude[at]);
+            dd += d * d;
+            gd += g * d;
+            ww += w * w;
+            changed += plora__float_bits((float)w) != plora__float_bits((float)(w + g));
+            lost_max = fmax(lost_max, fabs(d - g));
+            dd_error += 2 * fabs(d) * error + error * error;
+            gd_error += fabs(g) * error;
+            lost_error = fmax(lost_error, error);
+        }
+    const double slack = 1e-12 * (double)(c->rows * c->columns);
+    CHECK_CLOSE(sums->dd, dd, dd_error + slack * dd, "sum d^2, %s", text);
+    CHECK_CLOSE(sums->gd, gd, gd_error + slack * dd, "sum g d, %s", text);
+    CHECK_CLOSE(sums->ww, ww, slack * ww, "sum W^2, %s", text);
+    CHECK_CLOSE(sums->changed, changed, 0, "changed, %s", text);
+    CHECK_CLOSE(sums->lost_max, lost_max, lost_error * 1.001, "lost_max, %s", text);
+    const double effective = reference_effective_rank(c->rows, c->columns, in->d);
+    CHECK_CLOSE(sums->effective_rank, effective, 1e-9 * (effective + 1), "effective rank, %s", text);
+}
+
+static void run_case(const struct merge_case *c, int isa)
+{
+    const struct cpu_merge_kernels *kernels = cpu_merge_kernels(isa);
+    const char *text = describe(c, isa);
+    struct merge_inputs in = make_inputs(c, kernels);
+    struct check_matrix start = check_matrix_new(c->rows, c->columns, c->stride, c->dtype);
+    const size_t bytes = (size_t)((c->rows - 1) * c->stride + c->columns) * plora__dtype_size(c->dtype);
+    memcpy(start.m.data, in.weight.m.data, bytes);
+
+    cpu_merge_with(kernels, 2, &in.args);
+    check_merged(c, &in, text);
+    void *plain = allocate(bytes);
+    memcpy(plain, in.weight.m.data, bytes);
+
+    struct plora__merge_sums first = {0};
+    for (int threads = 1; threads <= 3;
+         ++threads) { /* the same bits with and without sums, with any number of threads */
+        struct plora__merge_sums sums = {0};
+        memcpy(in.weight.m.data, start.m.data, bytes);
+        memset(in.workspace, CHECK_POISON, in.workspace_bytes);
+        in.args.sums = &sums;
+        cpu_merge_with(kernels, threads, &in.args);
+        CHECK(memcmp(plain, in.weight.m.data, bytes) == 0, "W differs with sums and %d threads, %s", threads, text);
+        check_sums(c, &in, &sums, text);
+        if (threads == 1) first = sums;
+        CHECK(memcmp(&first, &sums, sizeof sums) == 0, "sums differ with %d threads, %s", threads, text);
+    }
+    free(plain);
+    check_matrix_free(&start);
+    free_inputs(&in);
+}
+
+static void test_merge_kernels(void **state)
+{
+    (void)state;
+    check_reseed(1);
+    static const int64_t shapes[][3] = {{1, 1, 1},     {1, 64, 1},    {6, 64, 8},     {7, 65, 3},
+                                        {24, 128, 16}, {25, 129, 5},  {53, 97, 7},    {61, 193, 33},
+                                        {128, 64, 64}, {31, 257, 31}, {130, 131, 130}};
+    for (int isa = 0; isa <= cpu_isa(); ++isa)
+        for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 3 : 0); ++s)
+            for (int32_t dtype = PLORA_F32; dtype <= PLORA_F16; ++dtype)
+                for (int transposed = 0; transposed < 2; ++transposed) {
+                    const int64_t extra = check_integer(0, 1) ? check_integer(1, 19) : 0;
+                    const struct merge_case c = {shapes[s][0],
+                                                 shapes[s][1],
+                                                 shapes[s][2],
+                                                 shapes[s][1] + extra,
+                                                 dtype,
+                                                 transposed,
+                                                 (float)(check_uniform() * 0.1),
+                                                 0.5};
+                    run_case(&c, isa);
+                }
+}
+
+static void test_merge_random_shapes(void **state)
+{
+    (void)state;
+    check_reseed(2);
+    for (int i = 0; i < (check_quick() ? 3 : 12); ++i) {
+        const int64_t rows = check_integer(1, 70), columns = check_integer(1, 160),
+                      least = rows < columns ? rows : columns;
+        const struct merge_case c = {rows,
+                                     columns,
+                                     check_integer(1, least),
+                                     columns + check_integer(0, 9),
+                                     (int32_t)check_integer(0, 2),
+                                     (int)check_integer(0, 1),
+                                     (float)ldexp(check_uniform(), (int)check_integer(-12, 3)),
+                                     ldexp(1, (int)check_integer(-20, 4))};
+        for (int isa = 0; isa <= cpu_isa(); ++isa)
+            run_case(&c, isa);
+    }
+}
+
+/* Every 16-bit pattern of W, plus a fixed d: exact rounding to nearest even, ties included, infinities and NaN kept. */
+static void test_merge_rounding(void **state)
+{
+    (void)state;
+    check_reseed(3);
+    for (int isa = 0; isa <= cpu_isa(); ++isa)
+        for (int32_t dtype = PLORA_BF16; dtype <= PLORA_F16; ++dtype)
+            for (int exponent = -30; exponent <= 12; exponent += check_quick() ? 14 : 3) {
+                const struct cpu_merge_kernels *kernels = cpu_merge_kernels(isa);
+                const float d =
+                    (float)ldexp(1.0 + (double)check_integer(0, 3) / 4, exponent) * (check_integer(0, 1) ? 1 : -1);
+                const float one = 1.0f;
+                float right[256];
+                for (int j = 0; j < 256; ++j)
+                    right[j] = d;
+                struct check_matrix weight = check_matrix_new(256, 256, 256, dtype);
+                uint16_t *bits = weight.m.data;
+                for (int j = 0; j < 65536; ++j)
+                    bits[j] = (uint16_t)j;
+                struct plora__merge_args args = {.weight = weight.m,
+                                                 .rank = 1,
+                                                 .factor = 1.0f,
+                                                 .left = &one,
+                                                 .right = right,
+                                                 .right_rank_stride = 256,
+                                                 .right_column_stride = 1};
+                args.workspace = allocate(cpu_merge_workspace_with(kernels, &args));
+                int64_t overflows = -1, expected = 0;
+                check_matrix_snapshot(&weight);
+                args.overflows = &overflows;
+                cpu_merge_with(kernels, 2, &args);
+                check_matrix_unchanged(&weight, "W after the dry run");
+                args.overflows = NULL;
+                cpu_merge_with(kernels, 2, &args);
+                for (int j = 0; j < 65536; ++j) {
+                    const uint16_t start = (uint16_t)j;
+                    uint16_t want_bits;
+                    plora__store(&want_bits, 0, dtype, plora__load(&start, 0, dtype) + d);
+                    const float want = plora__load(&want_bits, 0, dtype), got = plora__load(bits, j, dtype);
+                    CHECK(isnan(want) ? isnan(got) : bits[j] == want_bits,
+                          "level %d, dtype %d: 0x%04x + %g: got 0x%04x, want 0x%04x", isa, dtype, j, d, bits[j],
+                          want_bits);
+                    expected += isfinite(plora__load(&start, 0, dtype)) && !isfinite(want);
+                }
+                CHECK(overflows == expected, "level %d, dtype %d, d %g: %lld overflows, want %lld", isa, dtype, d,
+                      (long long)overflows, (long long)expected);
+                free(args.workspace);
+                check_matrix_free(&weight);
+            }
+}
+
+static void test_max_magnitude(void **state)
+{
+    (void)state;
+    check_reseed(4);
+    for (int isa = 0; isa <= cpu_isa(); ++isa)
+        for (int32_t dtype = PLORA_F32; dtype <= PLORA_F16; ++dtype)
+            for (int kind = 0; kind < 4; ++kind) {
+                const int64_t rows = check_integer(1, 9), columns = check_integer(1, 150);
+                struct check_matrix matrix = check_matrix_new(rows, columns, columns + check_integer(0, 5), dtype);
+                check_matrix_random(&matrix, 100);
+                double want = 0;
+                for (int64_t i = 0; i < rows; ++i)
+                    for (int64_t j = 0; j < columns; ++j)
+                        want = fmax(want, fabs(check_element(&matrix.m, i, j)));
+                const int64_t at = check_integer(0, rows - 1) * matrix.m.stride + check_integer(0, columns - 1);
+                if (kind > 0)
+                    plora__store(matrix.m.data, at, dtype, kind == 1 ? NAN : kind == 2 ? INFINITY : -INFINITY);
+                const double got = cpu_max_magnitude_with(cpu_merge_kernels(isa), 2, &matrix.m);
+                CHECK(got == (kind > 0 ? INFINITY : want), "level %d, dtype %d, kind %d: %g, want %g", isa, dtype, kind,
+                      got, want);
+                check_matrix_free(&matrix);
+            }
+}
+
+/* ------------------------------------------------------------------------------------------------------- plora_unload */
+
+enum { LAYERS = 4 };
+
+/* Layers 0 .. 2 are F32, BF16 and F16; layer 3 is stored [K,N]. */
+struct fixture {
+    struct check_allocator allocator;
+    plora_context *context;
+    plora_model *model;
+    plora_adapters *adapters;
+    plora_optimizer *optimizer;
+    struct check_matrix weights[LAYERS];
+    plora_adapter views[LAYERS];
+    float *parameters, *gradients, *first, *second;
+    int64_t count;
+};
+
+static void setup(struct fixture *f, int32_t algorithm, int32_t threads)
+{
+    static const int64_t shapes[LAYERS][2] = {{37, 29}, {64, 96}, {11, 70}, {48, 33}}; /* N, K */
+    memset(f, 0, sizeof *f);
+    f->allocator = (struct check_allocator)CHECK_ALLOCATOR_INIT;
+    f->context = check_context(&f->allocator, threads, 0);
+    CHECK_OK(plora_model_create(f->context, &f->model));
+    for (int i = 0; i < LAYERS; ++i) {
+        char name[32];
+        snprintf(name, sizeof name, "layer%d", i);
+        const int transposed = i == 3;
+        f->weights[i] = check_matrix_new(shapes[i][transposed], shapes[i][!transposed], shapes[i][!transposed] + i,
+                                         transposed ? PLORA_BF16 : i);
+        check_matrix_random(&f->weights[i], 0.5);
+        CHECK_OK(check_add_linear(f->model, name, &f->weights[i].m, NULL, 0,
+                                  transposed ? PLORA_LAYER_FAN_IN_FAN_OUT : 0, NULL));
+    }
+    plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
+    options.rank = 5;
+    options.alpha = 7;
+    options.seed = check_next();
+    CHECK_OK(plora_adapters_create(f->model, &options, &f->adapters));
+    plora_optimizer_options optimizer = PLORA_OPTIMIZER_OPTIONS_INIT;
+    optimizer.algorithm = algorithm;
+    CHECK_OK(plora_optimizer_create(f->adapters, &optimizer, &f->optimizer));
+    CHECK_OK(plora_adapters_parameters(f->adapters, &f->parameters, &f->count));
+    CHECK_OK(plora_adapters_gradients(f->adapters, &f->gradients, &f->count));
+    CHECK_OK(plora_optimizer_state(f->optimizer, &f->first, &f->second, NULL, NULL));
+    for (int i = 0; i < LAYERS; ++i) {
+        f->views[i] = (plora_adapter)PLORA_ADAPTER_INIT;
+        CHECK_OK(plora_adapters_layer(f->adapters, i, &f->views[i]));
+    }
+}
+
+static void teardown(struct fixture *f)
+{
+    plora_optimizer_destroy(f->optimizer);
+    plora_adapters_destroy(f->adapters);
+    plora_model_destroy(f->model);
+    plora_context_destroy(f->context);
+    check_allocator_empty(&f->allocator, "after an unload");
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_free(&f->weights[i]);
+}
+
+/* A trained state: random A, B, gradients; moments by two steps. */
+static void train(struct fixture *f)
+{
+    for (int i = 0; i < LAYERS; ++i)
+        for (int64_t e = 0; e < f->views[i].b.rows * f->views[i].b.columns; ++e)
+            ((float *)f->views[i].b.data)[e] = (float)(0.2 * check_uniform());
+    for (int step = 0; step < 2; ++step) {
+        for (int i = 0; i < LAYERS; ++i) {
+            for (int64_t e = 0; e < f->views[i].a.rows * f->views[i].a.columns; ++e)
+                ((float *)f->views[i].a_gradient.data)[e] = (float)check_uniform();
+            for (int64_t e = 0; e < f->views[i].b.rows * f->views[i].b.columns; ++e)
+                ((float *)f->views[i].b_gradient.data)[e] = (float)check_uniform();
+        }
+        CHECK_OK(plora_optimizer_step(f->optimizer, 1.0, NULL, NULL));
+    }
+}
+
+/* y[N] and its rounding bound's magnitude, of W[N,K] + s B A applied to x, in double. */
+static void apply(const struct fixture *f, int layer, const double *x, double *y)
+{
+    const plora_adapter *view = &f->views[layer];
+    const plora_matrix *w = &f->weights[layer].m;
+    const int transposed = layer == 3;
+    for (int64_t n = 0; n < view->b.rows; ++n) {
+        y[n] = 0;
+        for (int64_t k = 0; k < view->a.columns; ++k) {
+            double weight = transposed ? check_element(w, k, n) : check_element(w, n, k);
+            for (int64_t r = 0; r < view->a.rows; ++r)
+                weight += view->scale * check_element(&view->b, n, r) * check_element(&view->a, r, k);
+            y[n] += weight * x[k];
+        }
+    }
+}
+
+/* The function of each layer is the same before and after, to the rounding of W and of the scaled factors. */
+static void function_kept(double momentum)
+{
+    struct fixture f;
+    double x[LAYERS][128], before[LAYERS][128], after[128], weight_bound[LAYERS], x_sum[LAYERS];
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    train(&f);
+    for (int i = 0; i < LAYERS; ++i) {
+        const plora_adapter *view = &f.views[i];
+        double largest = 0, a_max = 0, b_max = 0;
+        x_sum[i] = 0;
+        for (int64_t k = 0; k < view->a.columns; ++k)
+            x_sum[i] += fabs(x[i][k] = check_uniform());
+        apply(&f, i, x[i], before[i]);
+        const plora_matrix *w = &f.weights[i].m;
+        for (int64_t e = 0; e < w->rows; ++e)
+            for (int64_t j = 0; j < w->columns; ++j)
+                largest = fmax(largest, fabs(check_element(w, e, j)));
+        for (int64_t e = 0; e < view->a.rows * view->a.columns; ++e)
+            a_max = fmax(a_max, fabs(((float *)view->a.data)[e]));
+        for (int64_t e = 0; e < view->b.rows * view->b.columns; ++e)
+            b_max = fmax(b_max, fabs(((float *)view->b.data)[e]));
+        const double delta = (double)view->a.rows * a_max * b_max * view->scale;
+        /* one rounding of W; fp32 errors of D; each factor k A, k B with two roundings, of k and of the product */
+        weight_bound[i] = reference_merge_error(w->dtype, largest + delta, reference_delta_error(view->a.rows, delta)) +
+                          5 * 0x1p-24 * delta;
+    }
+    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    options.momentum = momentum;
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+    CHECK(plora_adapters_stage(f.adapters) == 1, "stage %lld after the first unload",
+          (long long)plora_adapters_stage(f.adapters));
+    for (int i = 0; i < LAYERS; ++i) {
+        apply(&f, i, x[i], after);
+        for (int64_t n = 0; n < f.views[i].b.rows; ++n)
+            CHECK_CLOSE(after[n], before[i][n], weight_bound[i] * x_sum[i] + 1e-12, "layer %d, y[%lld], momentum %g", i,
+                        (long long)n, momentum);
+        check_matrix_guards(&f.weights[i], "W");
+    }
+    for (int64_t e = 0; e < f.count; ++e)
+        CHECK(f.gradients[e] == 0.0f, "gradient %lld is %g after an unload", (long long)e, f.gradients[e]);
+    teardown(&f);
+}
+
+static void test_function_is_kept(void **state)
+{
+    (void)state;
+    check_reseed(10);
+    const double momenta[] = {1.0, 0.2, 0.5, 0.97};
+    for (int i = 0; i < CHECK_COUNT(momenta); ++i)
+        function_kept(momenta[i]);
+}
+
+static void test_full_unload_resets(void **state)
+{
+    (void)state;
+    check_reseed(11);
+    struct fixture f;
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    float *initial = allocate((size_t)f.count * sizeof(float));
+    memcpy(initial, f.parameters, (size_t)f.count * sizeof(float));
+    train(&f);
+    int64_t step = -1, nonzero = 0, same = 0, a_elements = 0;
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
+    for (int64_t e = 0; e < f.count; ++e)
+        nonzero += plora__float_bits(f.first[e]) != 0 || plora__float_bits(f.second[e]) != 0;
+    CHECK(nonzero == 0, "%lld of %lld moments survived the reset", (long long)nonzero, (long long)f.count);
+    CHECK(step == 0, "the step counter is %lld after the reset", (long long)step);
+    for (int i = 0; i < LAYERS; ++i) {
+        const plora_adapter *view = &f.views[i];
+        const double bound = 1 / sqrt((double)view->a.columns);
+        for (int64_t e = 0; e < view->b.rows * view->b.columns; ++e)
+            CHECK(plora__float_bits(((float *)view->b.data)[e]) == 0, "B of layer %d is not 0", i);
+        for (int64_t e = 0; e < view->a.rows * view->a.columns; ++e, ++a_elements) {
+            const float value = ((float *)view->a.data)[e];
+            CHECK(fabs(value) <= bound * 1.000001, "A of layer %d holds %g, bound %g", i, value, bound);
+            same += value == initial[(float *)view->a.data - f.parameters + e];
+        }
+    }
+    CHECK(same * 20 < a_elements, "%lld of %lld elements of A are those of stage 0", (long long)same,
+          (long long)a_elements);
+    free(initial);
+    teardown(&f);
+}
+
+static void test_moments_kept(void **state)
+{
+    (void)state;
+    check_reseed(12);
+    for (int32_t algorithm = PLORA_OPTIMIZER_ADAMW; algorithm <= PLORA_OPTIMIZER_SGD; ++algorithm) {
+        struct fixture f;
+        setup(&f, algorithm, 2);
+        train(&f);
+        const size_t bytes = (size_t)f.count * sizeof(float);
+        float *p = allocate(bytes), *m = allocate(bytes), *v = allocate(bytes);
+        memcpy(p, f.parameters, bytes);
+        memcpy(m, f.first, bytes);
+        if (f.second != NULL) memcpy(v, f.second, bytes);
+        plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+        options.momentum = 0.5 + 0.4 * check_uniform();
+        options.moments = check_integer(0, 1) ? PLORA_MOMENTS_KEEP : PLORA_MOMENTS_DEFAULT;
+        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+        const float k = (float)sqrt(1 - options.momentum), k2 = (float)(1 - options.momentum);
+        int64_t step = 0;
+        CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
+        CHECK(step == 2, "step %lld, want 2: moments were kept", (long long)step);
+        for (int64_t e = 0; e < f.count; ++e) {
+            CHECK(f.parameters[e] == p[e] * k, "parameter %lld", (long long)e);
+            CHECK(f.first[e] == m[e] * k, "first moment %lld", (long long)e);
+            CHECK(f.second == NULL || f.second[e] == v[e] * k2, "second moment %lld", (long long)e);
+        }
+        options.moments = PLORA_MOMENTS_RESET; /* may also be asked for below 1 */
+        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+        CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
+        CHECK(step == 0 && plora_adapters_stage(f.adapters) == 2, "step %lld after RESET", (long long)step);
+        for (int64_t e = 0; e < f.count; ++e)
+            CHECK(f.first[e] == 0 && (f.second == NULL || f.second[e] == 0), "moment %lld after RESET", (long long)e);
+        free(p);
+        free(m);
+        free(v);
+        teardown(&f);
+    }
+}
+
+/* Runs an unload that must be refused, and compares every bit of every operand. */
+static void refused(struct fixture *f, plora_optimizer *optimizer, const plora_unload_options *options,
+                    plora_status status, const char *part)
+{
+    const size_t bytes = (size_t)f->count * sizeof(float);
+    float *const arenas[4] = {f->parameters, f->gradients, f->first, f->second};
+    unsigned char *copies = allocate(4 * bytes);
+    for (int i = 0; i < 4; ++i)
+        memcpy(copies + (size_t)i * bytes, arenas[i], bytes);
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_snapshot(&f->weights[i]);
+    const int64_t stage = plora_adapters_stage(f->adapters);
+    int64_t step_before = 0, step_after = 0;
+    CHECK_OK(plora_optimizer_state(f->optimizer, NULL, NULL, NULL, &step_before));
+    plora_unload_report report = PLORA_UNLOAD_REPORT_INIT, untouched = PLORA_UNLOAD_REPORT_INIT;
+    CHECK_FAILS(plora_unload(f->adapters, optimizer, options, &report, NULL), status, part);
+    CHECK(memcmp(&report, &untouched, sizeof report) == 0, "the report was touched");
+    for (int i = 0; i < LAYERS; ++i)
+        check_matrix_unchanged(&f->weights[i], "W after a refused unload");
+    for (int i = 0; i < 4; ++i)
+        CHECK(memcmp(copies + (size_t)i * bytes, arenas[i], bytes) == 0, "arena %d has changed", i);
+    CHECK_OK(plora_optimizer_state(f->optimizer, NULL, NULL, NULL, &step_after));
+    CHECK(plora_adapters_stage(f->adapters) == stage && step_after == step_before, "stage or step has changed");
+    free(copies);
+}
+
+static void test_refusals(void **state)
+{
+    (void)state;
+    check_reseed(13);
+    struct fixture f, other;
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    setup(&other, PLORA_OPTIMIZER_ADAMW, 2);
+    train(&f);
+    const float bad[] = {NAN, INFINITY, -INFINITY};
+    for (int i = 0; i < LAYERS; ++i) /* the last layer too: nothing may have been merged before it is looked at */
+        for (int kind = 0; kind < 3; ++kind)
+            for (int is_b = 0; is_b < 2; ++is_b) {
+                const plora_matrix *matrix = is_b ? &f.views[i].b : &f.views[i].a;
+                float *element = (float *)matrix->data + check_integer(0, matrix->rows * matrix->columns - 1);
+                const float kept = *element;
+                char name[32];
+                snprintf(name, sizeof name, "layer%d", i);
+                *element = bad[kind];
+                refused(&f, f.optimizer, NULL, PLORA_ERROR_NON_FINITE, name);
+                *element = kept;
+            }
+    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    const double momenta[] = {0.0, -0.5, 1.0001, NAN, INFINITY};
+    for (int i = 0; i < CHECK_COUNT(momenta); ++i) {
+        options.momentum = momenta[i];
+        refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "momentum");
+    }
+    options = (plora_unload_options)PLORA_UNLOAD_OPTIONS_INIT;
+    options.moments = PLORA_MOMENTS_KEEP;
+    refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "momentum is 1");
+    options.moments = 3;
+    refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "moments 3");
+    options = (plora_unload_options)PLORA_UNLOAD_OPTIONS_INIT;
+    options.rounding = 1;
+    refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "rounding 1");
+    refused(&f, other.optimizer, NULL, PLORA_ERROR_INVALID_ARGUMENT, "other adapters");
+    CHECK_FAILS(plora_unload(NULL, NULL, NULL, NULL, NULL), PLORA_ERROR_INVALID_ARGUMENT, "adapters");
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)); /* the handles stayed usable */
+    teardown(&other);
+    teardown(&f);
+}
+
+/* An update that one weight cannot take is refused; the same update on smaller weights is merged. */
+static void test_overflow(void **state)
+{
+    (void)state;
+    check_reseed(14);
+    for (int layer = 0; layer < LAYERS; ++layer) {
+        struct fixture f;
+        setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+        train(&f);
+        const plora_adapter *view = &f.views[layer];
+        const plora_matrix *w = &f.weights[layer].m;
+        const float top = w->dtype == PLORA_F32 ? 3.4028235e38f : w->dtype == PLORA_BF16 ? 3.3895314e38f : 65504.0f;
+        float *a = view->a.data, *b = view->b.data;
+        memset(a, 0, (size_t)(view->a.rows * view->a.columns) * sizeof(float));
+        const int64_t n = check_integer(0, view->b.rows - 1), k = check_integer(0, view->a.columns - 1);
+        const int64_t at = layer == 3 ? k * w->stride + n : n * w->stride + k;
+        a[k] = sqrtf(top) / 2; /* rank 0, column k */
+        b[n * view->b.columns] = (float)(sqrtf(top) / 4 / view->scale);
+        plora__store(w->data, at, w->dtype, 0.9375f * top);
+        refused(&f, f.optimizer, NULL, PLORA_ERROR_NON_FINITE, "overflow");
+        plora__store(w->data, at, w->dtype, NAN); /* not this call's doing, and no reason to refuse */
+        CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+        CHECK(isnan(plora__load(w->data, at, w->dtype)), "a NaN of W is gone");
+        for (int64_t e = 0; e < w->rows * w->columns; ++e) {
+            const int64_t place = e / w->columns * w->stride + e % w->columns;
+            CHECK(place == at || isfinite(plora__load(w->data, place, w->dtype)), "W[%lld] is not finite",
+                  (long long)place);
+        }
+        teardown(&f);
+    }
+}
+
+static void test_report(void **state)
+{
+    (void)state;
+    check_reseed(15);
+    struct fixture f;
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    train(&f);
+    double *before[LAYERS], *d[LAYERS], *magnitude[LAYERS];
+    const double momentum = 0.25;
+    for (int i = 0; i < LAYERS; ++i) {
+        const plora_adapter *v = &f.views[i];
+        const int64_t n = v->b.rows, k = v->a.columns, rank = v->a.rows;
+        before[i] = allocate((size_t)(n * k) * sizeof(double));
+        d[i] = allocate((size_t)(n * k) * sizeof(double));
+        magnitude[i] = allocate((size_t)(n * k) * sizeof(double));
+        reference_delta(momentum * v->scale, n, k, rank, v->b.data, rank, 1, v->a.data, k, 1, d[i], magnitude[i]);
+        for (int64_t e = 0; e < n * k; ++e)
+            before[i][e] =
+                i == 3 ? check_element(&f.weights[i].m, e % k, e / k) : check_element(&f.weights[i].m, e / k, e % k);
+    }
+    plora_unload_layer layers[LAYERS];
+    memset(layers, CHECK_POISON, sizeof layers);
+    plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
+    report.layers = layers;
+    report.layer_capacity = LAYERS - 1;
+    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    options.momentum = momentum;
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, &report, NULL));
+    CHECK(report.stage == 0 && report.weights == LAYERS, "stage %lld, weights %d", (long long)report.stage,
+          report.weights);
+    unsigned char poison[sizeof layers[0]];
+    memset(poison, CHECK_POISON, sizeof poison);
+    CHECK(memcmp(&layers[LAYERS - 1], poison, sizeof poison) == 0, "wrote past layer_capacity");
+
+    double all = 0, dd_all = 0, gd_all = 0, ww_all = 0, changed_all = 0, effective_all = 0, lost_all = 0;
+    for (int i = 0; i < LAYERS; ++i) {
+        const int64_t n = f.views[i].b.rows, k = f.views[i].a.columns;
+        double dd = 0, gd = 0, ww = 0, changed = 0, lost = 0;
+        for (int64_t e = 0; e < n * k; ++e) {
+            const double after =
+                i == 3 ? check_element(&f.weights[i].m, e % k, e / k) : check_element(&f.weights[i].m, e / k, e % k);
+            const double g = after - before[i][e];
+            dd += d[i][e] * d[i][e];
+            gd += g * d[i][e];
+            ww += before[i][e] * before[i][e];
+            changed += g != 0;
+            lost = fmax(lost, fabs(d[i][e] - g));
+        }
+        const double effective = reference_effective_rank(n, k, d[i]), elements = (double)(n * k);
+        if (i < LAYERS - 1) {
+            CHECK(layers[i].layer == i && layers[i].rank == 5, "layer %d, rank %d", layers[i].layer, layers[i].rank);
+            CHECK_CLOSE(layers[i].scale, momentum * f.views[i].scale, 1e-15, "scale");
+            CHECK_CLOSE(layers[i].update_rms, sqrt(dd / elements), 1e-5 * sqrt(dd / elements), "update_rms of %d", i);
+            CHECK_CLOSE(layers[i].weight_rms, sqrt(ww / elements), 1e-12, "weight_rms of %d", i);
+            CHECK_CLOSE(layers[i].captured, gd / dd, 1e-5, "captured of %d", i);
+            CHECK_CLOSE(layers[i].changed, changed / elements, 1e-12, "changed of %d", i);
+            CHECK_CLOSE(layers[i].lost_max, lost, 1e-6 * sqrt(dd / elements), "lost_max of %d", i);
+            CHECK_CLOSE(layers[i].effective_rank, effective, 1e-4, "effective_rank of %d", i);
+        }
+        all += elements, dd_all += dd, gd_all += gd, ww_all += ww, changed_all += changed;
+        effective_all += effective / LAYERS;
+        lost_all = fmax(lost_all, lost);
+    }
+    CHECK_CLOSE(report.update_rms, sqrt(dd_all / all), 1e-5 * sqrt(dd_all / all), "update_rms");
+    CHECK_CLOSE(report.weight_rms, sqrt(ww_all / all), 1e-12, "weight_rms");
+    CHECK_CLOSE(report.captured, gd_all / dd_all, 1e-5, "captured");
+    CHECK_CLOSE(report.changed, changed_all / all, 1e-12, "changed");
+    CHECK_CLOSE(report.lost_max, lost_all, 1e-6 * sqrt(dd_all / all), "lost_max");
+    CHECK_CLOSE(report.effective_rank, effective_all, 1e-4, "effective_rank");
+
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    report = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, &report, NULL)); /* B = 0: nothing to merge */
+    CHECK(report.stage == 2 && report.captured == 1 && report.update_rms == 0 && report.effective_rank == 0 &&
+              report.lost_max == 0,
+          "captured %g, update_rms %g, effective_rank %g of an empty update", report.captured, report.update_rms,
+          report.effective_rank);
+    for (int i = 0; i < LAYERS; ++i) {
+        free(before[i]);
+        free(d[i]);
+        free(magnitude[i]);
+    }
+    teardown(&f);
+}
+
+/* 32 unloads allocate nothing; after each the adapter learns at once: B = 0 but A is not, so dB is not 0. */
+static void test_many_unloads(void **state)
+{
+    (void)state;
+    check_reseed(16);
+    struct fixture f;
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    plora_memory_statistics start = PLORA_MEMORY_STATISTICS_INIT, now = PLORA_MEMORY_STATISTICS_INIT;
+    CHECK_OK(plora_memory_stats(f.context, &start));
+    for (int unload = 0; unload < 32; ++unload) {
+        train(&f);
+        plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+        plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
+        options.momentum = unload % 3 == 0 ? 0.3 : 1.0;
+        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, unload % 2 ? &report : NULL, NULL));
+        CHECK_OK(plora_memory_stats(f.context, &now));
+        CHECK(now.current_bytes == start.current_bytes && now.peak_bytes == start.peak_bytes &&
+                  now.allocations == start.allocations,
+              "unload %d: %zu bytes, peak %zu, %lld allocations; at the start %zu, %zu, %lld", unload,
+              now.current_bytes, now.peak_bytes, (long long)now.allocations, start.current_bytes, start.peak_bytes,
+              (long long)start.allocations);
+        CHECK(plora_adapters_stage(f.adapters) == unload + 1, "stage %lld",
+              (long long)plora_adapters_stage(f.adapters));
+    }
+    teardown(&f);
+}
+
+static void test_gradients_after_unload(void **state)
+{
+    (void)state;
+    check_reseed(17);
+    struct fixture f;
+    setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
+    train(&f);
+    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    for (int i = 0; i < LAYERS; ++i) {
+        const int64_t n = f.views[i].b.rows, k = f.views[i].a.columns;
+        struct check_matrix x = check_matrix_new(3, k, k, PLORA_F32), dy = check_matrix_new(3, n, n, PLORA_F32);
+        check_matrix_random(&x, 1);
+        check_matrix_random(&dy, 1);
+        CHECK_OK(plora_linear_backward(f.adapters, i, &x.m, &dy.m, NULL, 0, NULL));
+        int64_t zeros = 0;
+        for (int64_t e = 0; e < n * f.views[i].b.columns; ++e)
+            zeros += ((float *)f.views[i].b_gradient.data)[e] == 0;
+        CHECK(zeros == 0, "layer %d: %lld elements of dB are 0: the adapter would not learn", i, (long long)zeros);
+        check_matrix_free(&x);
+        check_matrix_free(&dy);
+    }
+    plora_step_report report = PLORA_STEP_REPORT_INIT;
+    CHECK_OK(plora_optimizer_step(f.optimizer, 1.0, &report, NULL));
+    CHECK(report.gradient_norm > 0 && report.step == 1, "norm %g, step %lld", report.gradient_norm,
+          (long long)report.step);
+    teardown(&f);
+}
+
+/* The same bits of W, report and moments with 1, 2 and 3 threads. */
+static void test_threads(void **state)
+{
+    (void)state;
+    struct fixture f[3];
+    plora_unload_report report[3];
+    for (int t = 0; t < 3; ++t) {
+        check_reseed(18);
+        setup(&f[t], PLORA_OPTIMIZER_ADAMW, t + 1);
+        train(&f[t]);
+        report[t] = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
+        CHECK_OK(plora_unload(f[t].adapters, f[t].optimizer, NULL, &report[t], NULL));
+        CHECK(memcmp(&report[t], &report[0], sizeof report[0]) == 0, "the report differs with %d threads", t + 1);
+        CHECK(memcmp(f[t].parameters, f[0].parameters, (size_t)f[0].count * sizeof(float)) == 0,
+              "parameters, %d threads", t + 1);
+        for (int i = 0; i < LAYERS; ++i)
+            for (int64_t row = 0; row < f[t].weights[i].m.rows; ++row)
+                for (int64_t j = 0; j < f[t].weights[i].m.columns; ++j)
+                    CHECK(check_element(&f[t].weights[i].m, row, j) == check_element(&f[0].weights[i].m, row, j),
+                          "W differs with %d threads", t + 1);
+    }
+    for (int t = 0; t < 3; ++t)
+        teardown(&f[t]);
+}
+
+int main(void)
+{
+    check_begin("test_unload");
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test(test_merge_kernels),    cmocka_unit_test(test_merge_random_shapes),
+        cmocka_unit_test(test_merge_rounding),   cmocka_unit_test(test_max_magnitude),
+        cmocka_unit_test(test_function_is_kept), cmocka_unit_test(test_full_unload_resets),
+        cmocka_unit_test(test_moments_kept),     cmocka_unit_test(test_refusals),
+        cmocka_unit_test(test_overflow),         cmocka_unit_test(test_report),
+        cmocka_unit_test(test_many_unloads),     cmocka_unit_test(test_gradients_after_unload),
+        cmocka_unit_test(test_threads),
+    };
+    return cmocka_run_group_tests(tests, NULL, NULL);
+}
