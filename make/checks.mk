@@ -1,0 +1,84 @@
+# Tests, sanitizers, lint, ABI, fuzzing.
+
+# ---------------------------------------------------------------------------------------------------------------- test
+# CHECKS are further suites, each a target of this Makefile.
+CHECKS ?= header abi test-install
+CHECK_SUITES = $(foreach check,$(CHECKS),'$(check)=$(MAKE) --no-print-directory BUILD=$(BUILD) $(check)')
+PYTEST := $(if $(wildcard tests/python/test_*.py),\
+    'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python')
+
+.PHONY: test test-c header abi abi-update test-install
+test: all $(TESTS) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(BUILD)/quickstart $(PYTEST)
+test-c: $(TESTS)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS)
+
+STRICT = -pedantic -Wall -Wextra -Werror -fsyntax-only include/plora.h
+header: | deps-tests
+	$(CC) -xc -std=c11 $(STRICT)
+	g++ -xc++ -std=c++17 $(STRICT)
+abi: $(BUILD)/libplora.so
+	@CC='$(CC)' $(PYTHON) tests/abi/abi.py $<
+abi-update: $(BUILD)/libplora.so
+	@CC='$(CC)' $(PYTHON) tests/abi/abi.py $< --update
+test-install: all | deps-tests
+	@CC='$(CC)' sh tests/install/check.sh $(BUILD)
+
+# ---------------------------------------------------------------------------------------------------------- sanitizers
+# Each runs the C tests from a build of its own. PLORA_TEST_QUICK=1 asks the tests for their smaller shapes.
+.PHONY: asan ubsan tsan valgrind fuzz fuzz-run
+SANITIZED = $(MAKE) --no-print-directory BUILD=$(BUILD)/$@ HARDEN= test-c
+
+asan:
+	@+ASAN_OPTIONS=detect_stack_use_after_return=1 $(SANITIZED) CFLAGS='-O1 -g -fno-omit-frame-pointer -fsanitize=address'
+ubsan:
+	@+$(SANITIZED) CFLAGS='-O1 -g -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all'
+# TSan does not see libgomp's barriers and would report every parallel loop (and Debian's libomp comes without Archer, which
+# would explain them to it). So our code is compiled without OpenMP here: TSan checks what is left to get wrong, the locks,
+# atomics and thread-local state of calls from several host threads. oneDNN itself runs on one thread.
+tsan:
+	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=1 $(SANITIZED) OPENMP= CFLAGS='-O1 -g -fsanitize=thread'
+# Valgrind 3.19 knows AVX2 but not AVX-512: cpu_isa() sees that in its CPUID; oneDNN must be told.
+VALGRIND = valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=99 \
+           --suppressions=tests/valgrind.supp
+valgrind: | deps-valgrind
+	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX2 $(SANITIZED) TEST_WRAPPER='$(VALGRIND)'
+
+# ------------------------------------------------------------------------------------------------------------- fuzzing
+FUZZ_SECONDS ?= 30
+FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+fuzz: | deps-fuzz
+	@+$(MAKE) --no-print-directory BUILD=$(BUILD)/fuzzing CC=clang-14 HARDEN= OPENMP= \
+	    CFLAGS='-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined' fuzz-run
+fuzz-run: $(FUZZERS)
+	@for fuzzer in $^; do \
+	    echo "$$fuzzer for $(FUZZ_SECONDS) s"; mkdir -p $$fuzzer.corpus; \
+	    $$fuzzer -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 -verbosity=0 -print_final_stats=1 \
+	        -artifact_prefix=$$fuzzer- $$fuzzer.corpus || exit 1; \
+	done
+$(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libplora.a
+	@mkdir -p $(@D)
+	$(CC) -fsanitize=fuzzer,address,undefined -o $@ $^ $(LIBS)
+
+# ---------------------------------------------------------------------------------------------------------------- lint
+JOBS    := $(shell nproc)
+C_FILES  = $(shell git ls-files --cached --others --exclude-standard '*.c' '*.h')
+PY_FILES = $(shell git ls-files --cached --others --exclude-standard '*.py')
+SH_FILES = $(shell git ls-files --cached --others --exclude-standard '*.sh')
+
+.PHONY: lint lint-format lint-tidy lint-rules lint-scripts
+lint: lint-format lint-rules lint-scripts lint-tidy
+lint-format: | deps-lint
+	clang-format-14 --dry-run -Werror $(C_FILES)
+lint-rules: $(LIBRARY)
+	@$(PYTHON) tests/lint/rules.py $(LIBRARY)
+lint-scripts: $(BUILD)/venv-test/ready
+	@for script in $(SH_FILES); do sh -n $$script || exit 1; done; bash -n .ci/run
+	@$(PYTHON) -c 'import ast, sys; [ast.parse(open(name, encoding="utf-8").read(), name) for name in sys.argv[1:]]' $(PY_FILES)
+	$(BUILD)/venv-test/bin/ruff check --quiet --no-cache --select E,F,W,B --ignore E501,B905 $(PY_FILES)
+TIDY_FLAGS = $(filter-out -fPIC,$(ALL_FLAGS)) -Itests -Iexamples/finetune $(LEVEL_$(lastword $(LEVELS))) \
+             -DCPU_ISA=$(lastword $(LEVELS))
+lint-tidy: | deps-lint deps-build deps-examples deps-tests
+	@echo 'clang-tidy-14 over $(words $(filter %.c,$(C_FILES))) files'
+	@printf '%s\n' $(filter %.c,$(C_FILES)) | xargs -P$(JOBS) -I{} \
+	    sh -c 'clang-tidy-14 --quiet {} -- $(TIDY_FLAGS) 2>/dev/null || { echo "clang-tidy: {}"; exit 1; }'

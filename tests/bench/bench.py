@@ -1,0 +1,627 @@
+#!/usr/bin/env python3
+"""The benchmark: `make bench` measures the library against the limits of this machine, and with PEERS=1 also against
+torch + PEFT in the same call. Prints a table and writes BUILD/bench.json. How and why: docs/benchmarks.md.
+
+Every figure is a ratio of medians of measurements that took turns: A B A B ... One side waits while the other measures.
+
+    our side     bench_machine (limits), bench_layer, bench_unload, finetune --bench: run anew for every round
+    peers        peers.py, one process for each variant, which stays and answers one request after the other
+"""
+
+import argparse
+import json
+import os
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import random_model
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+HUGE = str(1 << 34)
+KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
+PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
+BATCH, TOKENS, RANK = 4, 256, 16
+PARTS = ("machine", "layer", "unload", "optimizer", "train")
+PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
+
+
+def heading(text):
+    print(f"-- {text}", file=sys.stderr, flush=True)
+
+
+def spread(values):
+    """Median and quartiles; every measured quantity is stored in this form."""
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    return {
+        "median": statistics.median(values),
+        "q1": quartiles[0],
+        "q3": quartiles[2],
+        "least": min(values),
+        "count": len(values),
+    }
+
+
+def output_of(*command):
+    result = subprocess.run([*PREFIX, *command], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(result.stdout)
+
+
+class Peer:
+    """One variant of peers.py, which waits on its standard input between requests."""
+
+    def __init__(self, python, *arguments, keep_heap=True):
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
+        environment.update(KEEP_HEAP if keep_heap else {}, HF_HUB_OFFLINE="1")
+        command = [*PREFIX, python, os.path.join(HERE, "peers.py"), *arguments]
+        self.log = tempfile.TemporaryFile(mode="w+")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=environment
+        )
+        self.read()
+
+    def read(self):
+        line = self.process.stdout.readline()
+        answer = json.loads(line) if line else {"error": "ended without an answer"}
+        if "error" in answer:
+            self.process.wait()
+            self.log.seek(0)
+            raise RuntimeError(f"peers.py: {answer['error']}\n{self.log.read()[-2000:]}")
+        return answer
+
+    def ask(self, op, **request):
+        self.process.stdin.write(json.dumps({"op": op, **request}) + "\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.log.close()
+
+
+class Report:
+    """The figures, by key; a figure with several parts is as good as the part that is farthest from its target."""
+
+    def __init__(self):
+        self.figures = {}
+
+    def add(self, key, what, value, target=None, part="", most=False, ours=None, other=None):
+        figure = self.figures.setdefault(key, {"what": what, "parts": {}})
+        figure["parts"][part] = {
+            "value": value,
+            "target": target,
+            "target_is": "at most" if most else "at least",
+            "ours": ours,
+            "other": other,
+        }
+        if target is not None:
+            figure["parts"][part]["reached"] = value <= target if most else value >= target
+
+    def finish(self):
+        for figure in self.figures.values():
+            judged = [part for part in figure["parts"].values() if part["target"] is not None]
+            judged.sort(
+                key=lambda p: p["target"] / p["value"]
+                if p["target_is"] == "at most" and p["value"] > 0
+                else p["value"] / p["target"]
+            )
+            worst = judged[0] if judged else next(iter(figure["parts"].values()))
+            figure.update({key: worst[key] for key in ("value", "target", "target_is", "reached") if key in worst})
+        return self.figures
+
+    def lines(self):
+        lines = [("figure", "", "value", "to reach", "", "ours", "other")]
+        for key, figure in self.figures.items():
+            for name, part in figure["parts"].items():
+                sign = "<=" if part["target_is"] == "at most" else ">="
+                target = "" if part["target"] is None else f"{sign} {part['target']:g}"
+                verdict = {True: "reached", False: "missed", None: ""}[part.get("reached")]
+                lines.append(
+                    (key, name, f"{part['value']:.3f}", target, verdict, show(part["ours"]), show(part["other"]))
+                )
+        return lines
+
+    def table(self):
+        lines = self.lines()
+        widths = [max(len(line[i]) for line in lines) for i in range(7)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
+
+    def markdown(self):
+        header, *lines = self.lines()
+        return "\n".join("| " + " | ".join(line) + " |" for line in (header, ["---"] * len(header), *lines)) + "\n"
+
+
+def show(measured):
+    """Seconds as ms with their quartiles, bytes as MB, rates with their unit."""
+    if measured is None:
+        return ""
+    if "median" not in measured:
+        return " ".join(f"{value:.4g} {unit}" for unit, value in measured.items())
+    return f"{1e3 * measured['median']:.4g} ms [{1e3 * measured['q1']:.4g}, {1e3 * measured['q3']:.4g}]"
+
+
+# --------------------------------------------------------------------------------------------------------- the machine
+
+
+def describe_machine():
+    model, flags = platform.processor(), set()
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                model = value.strip()
+            elif name.strip() == "flags":
+                flags = set(value.split())
+    wanted = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16")
+    return {
+        "cpu": model,
+        "flags": [flag for flag in wanted if flag in flags],
+        "cpus": len(os.sched_getaffinity(0)),
+        "system": platform.platform(),
+        "load_before": os.getloadavg()[0],
+    }
+
+
+class Limits:
+    """What bench_machine found, over all its runs."""
+
+    def __init__(self, runs):
+        self.rates, self.seconds = {}, {}
+        for run in runs:
+            for form in run["products"]:
+                key = (form["dtype"], form["m"], form["n"], form["k"], form["transposed"], form["shared"])
+                self.seconds.setdefault(key, []).extend(form["seconds"])
+        for (dtype, m, n, k, transposed, _), seconds in self.seconds.items():
+            key, rate = (dtype, m, n, k, transposed), 2.0 * m * n * k / statistics.median(seconds)
+            self.rates[key] = max(rate, self.rates.get(key, 0.0))
+        self.runs = runs
+
+    def peak(self, dtype):
+        return max(
+            rate for (of, m, n, k, _), rate in self.rates.items() if of == dtype and 2.0 * m * n * k >= PEAK_FLOP
+        )
+
+    def multiply_adds(self):
+        seconds = [second for run in self.runs for second in run["multiply_adds"]["seconds"]]
+        return self.runs[0]["multiply_adds"]["flop"] / statistics.median(seconds)
+
+    def memory(self, kind):
+        rates = {}
+        for run in self.runs:
+            for size in run[kind]:
+                rates.setdefault(size["bytes"], []).extend(2 * size["bytes"] / second for second in size["seconds"])
+        return {str(size): statistics.median(values) for size, values in rates.items()}
+
+    def backbone_seconds(self, dtype, config, tokens):
+        """The products of backbone and head, forward and for the input's gradient, each at its own shape's rate."""
+        hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+        keys = config["num_key_value_heads"] * config["head_dim"]
+        layers = [(hidden, hidden, 2), (keys, hidden, 2), (inner, hidden, 2), (hidden, inner, 1)]
+        total = 0.0
+        for rows, columns, count in layers:
+            forward = self.rates[(dtype, 1024, rows, columns, 1)]
+            backward = self.rates[(dtype, 1024, columns, rows, 0)]
+            total += (
+                count * config["num_hidden_layers"] * 2.0 * tokens * rows * columns * (1 / forward + 1 / backward)
+            )
+        forward, backward = (
+            self.rates[(dtype, 256, vocabulary, hidden, 1)],
+            self.rates[(dtype, 256, hidden, vocabulary, 0)],
+        )
+        return total + 2.0 * tokens * vocabulary * hidden * (1 / forward + 1 / backward)
+
+    def summary(self):
+        return {
+            "product_fp32_flops": self.peak("fp32"),
+            "product_bf16_flops": self.peak("bf16"),
+            "multiply_add_fp32_flops": self.multiply_adds(),
+            "copy_bytes_per_second": self.memory("copy"),
+            "scale_bytes_per_second": self.memory("scale"),
+            "products": [
+                {
+                    "dtype": dtype,
+                    "m": m,
+                    "n": n,
+                    "k": k,
+                    "transposed": transposed,
+                    "shared": shared,
+                    "seconds": spread(seconds),
+                    "flops": 2.0 * m * n * k / statistics.median(seconds),
+                }
+                for (dtype, m, n, k, transposed, shared), seconds in self.seconds.items()
+            ],
+        }
+
+
+# ---------------------------------------------------------------------------------------------------- layer, optimizer
+
+
+def measure_layer(bench, report):
+    heading("one layer, 1536 x 576, 1024 tokens, R = 16")
+    ours = {dtype: {"base": [], "adapter": []} for dtype in ("fp32", "bf16")}
+    theirs = {dtype: {"base": [], "adapter": []} for dtype in ("fp32", "bf16")}
+    shape = {"rows": 1536, "columns": 576, "rank": RANK, "tokens": 1024}
+    peer = Peer(bench.peers, "merge") if bench.peers else None
+    for round_number in range(5):
+        answer = output_of(bench.program("bench_layer"), "11")
+        for dtype, sides in ours.items():
+            for side, seconds in sides.items():
+                seconds.extend(answer[dtype][side])
+        for dtype, sides in theirs.items() if peer else ():
+            if round_number == 0:
+                peer.ask("layer", repeats=3, dtype=dtype, **shape)
+            answer = peer.ask("layer", repeats=11, dtype=dtype, **shape)
+            for side, seconds in sides.items():
+                seconds.extend(answer[side])
+    for dtype, target in (("fp32", 0.085), ("bf16", 0.10)):
+        for name, sides in (("", ours[dtype]), ("peer", theirs[dtype])):
+            if not sides["base"]:
+                continue
+            base, adapter = spread(sides["base"]), spread(sides["adapter"])
+            report.add(
+                f"layer_overhead_{dtype}",
+                "time with an adapter over the time without, minus 1",
+                adapter["median"] / base["median"] - 1,
+                None if name else target,
+                part=name,
+                most=True,
+                ours=None if name else adapter,
+                other=adapter if name else base,
+            )
+    if peer:
+        peer.__exit__()
+
+
+def measure_optimizer(bench, report):
+    heading("optimizer, 5 M parameters")
+    scale, step = [], []
+    for _ in range(5):
+        answer = output_of(bench.program("bench_unload"), "optimizer", "9", "5000000")
+        scale += answer["scale"]
+        step += answer["step"]
+    rate = 2 * answer["scaled_bytes"] / statistics.median(scale)
+    limit = 28 * answer["count"] / rate  # parameters and moments read and written, gradients read
+    report.add(
+        "optimizer_share_of_limit",
+        "28 bytes a parameter at the rate of scaling in place, over the step's time",
+        limit / statistics.median(step),
+        0.8,
+        ours=spread(step),
+        other={"GB/s": rate / 1e9},
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- unload
+
+
+def unload_once(bench, into, repeats, rows, columns, rank, dtype):
+    answer = output_of(
+        bench.program("bench_unload"), "unload", str(repeats), str(rows), str(columns), str(rank), dtype
+    )
+    for form in ("scale", "unload", "report"):
+        into.setdefault((rows, columns, rank, dtype), {}).setdefault(form, []).extend(answer[form])
+
+
+def add_unload_limits(ours, limits, report, bench):
+    bench.measurements["unload"] = []
+    for dtype in ("fp32", "bf16"):
+        for (rows, columns, rank, of), times in ours.items():
+            if of != dtype:
+                continue
+            scale, unload = spread(times["scale"]), spread(times["unload"])
+            products = 2.0 * rank * rows * columns / (limits.multiply_adds() or limits.peak("fp32"))
+            limit = max(scale["median"], products)
+            report.add(
+                f"unload_{dtype}_share_of_limit",
+                "scaling W in place or 2 R N K FLOP at the multiply-add peak, the larger, over the unload's time",
+                limit / unload["median"],
+                0.8,
+                part=f"{rows}x{columns} R={rank}",
+                ours=unload,
+                other={"ms scale": 1e3 * scale["median"], "ms products": 1e3 * products},
+            )
+            bench.measurements["unload"].append(
+                {
+                    "rows": rows,
+                    "columns": columns,
+                    "rank": rank,
+                    "dtype": dtype,
+                    "scale": scale,
+                    "unload": unload,
+                    "unload_with_report": spread(times["report"]),
+                    "products_seconds": products,
+                }
+            )
+
+
+def measure_unload(bench, limits, report):
+    heading("unload, 4096 x 4096 and 11008 x 4096")
+    ours, merges, additions, memory = {}, {}, {}, {}
+    peers = (
+        {name: Peer(bench.peers, "merge", keep_heap=name == "tuned") for name in ("stock", "tuned")}
+        if bench.peers
+        else {}
+    )
+    rounds = 7
+    for dtype in ("fp32", "bf16"):
+        for rank in (8, 16, 64):
+            shape = {"rows": 4096, "columns": 4096, "rank": rank, "dtype": dtype}
+            for round_number in range(-1 if peers else 0, rounds):  # round -1 warms the peers up
+                if round_number >= 0:
+                    unload_once(bench, ours, 3, **shape)
+                for name, peer in peers.items():
+                    if rank == 8:
+                        answer = peer.ask("merge", repeats=3, **shape)
+                        memory[(dtype, name)] = answer["peak_rss_bytes"]
+                        if round_number >= 0:
+                            merges.setdefault((dtype, name), []).extend(answer["seconds"])
+                if peers:
+                    answer = peers["tuned"].ask("addmm", repeats=5, **shape)
+                    if round_number >= 0:
+                        additions.setdefault((dtype, rank), []).extend(answer["seconds"])
+            for peer in peers.values():
+                peer.ask("clear")
+            unload_once(bench, ours, 9, 11008, 4096, rank, dtype)
+    for peer in peers.values():
+        peer.__exit__()
+    add_unload_limits(ours, limits, report, bench)
+    bench.measurements["peak_rss_bytes_of_merging"] = {" ".join(key): value for key, value in memory.items()}
+    for (dtype, name), seconds in merges.items():
+        other, mine = spread(seconds), spread(ours[(4096, 4096, 8, dtype)]["unload"])
+        report.add(
+            "unload_vs_peft",
+            "PEFT's merge_adapter over our unload, 4096 x 4096, R = 8",
+            other["median"] / mine["median"],
+            10 if name == "stock" else 4,
+            part=f"{dtype} {name}",
+            ours=mine,
+            other=other,
+        )
+    for (dtype, rank), seconds in additions.items():
+        other, mine = spread(seconds), spread(ours[(4096, 4096, rank, dtype)]["unload"])
+        target = 1.4 if rank == 8 else 1.0 if dtype == "fp32" else None
+        report.add(
+            "unload_vs_addmm",
+            "torch.addmm_ in place over our unload, 4096 x 4096",
+            other["median"] / mine["median"],
+            target,
+            part=f"{dtype} R={rank}",
+            ours=mine,
+            other=other,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def train_ours(bench, dtype, frozen):
+    return output_of(
+        os.path.join(bench.build, "finetune"),
+        "--model",
+        bench.model,
+        "--bench",
+        "2",
+        "--bench-tokens",
+        str(TOKENS),
+        "--batch",
+        str(BATCH),
+        "--rank",
+        str(RANK),
+        "--dtype",
+        dtype,
+        *(["--frozen"] if frozen else []),
+    )
+
+
+def measure_training_of(bench, dtype, rounds):
+    """Seconds of steps and peak memory, by variant: ours and its frozen form, and PEFT by the dtype of its adapters."""
+    heading(f"training steps in {dtype}, {BATCH} x {TOKENS} tokens")
+    adapters = ("fp32", "bf16") if dtype == "bf16" else ("fp32",)
+    config = os.path.join(bench.model, "config.json")
+    peers = (
+        {
+            f"peft_{of}": Peer(
+                bench.peers,
+                "train",
+                "--config",
+                config,
+                "--dtype",
+                dtype,
+                "--adapters",
+                of,
+                "--rank",
+                str(RANK),
+                "--batch",
+                str(BATCH),
+                "--tokens",
+                str(TOKENS),
+            )
+            for of in adapters
+        }
+        if bench.peers
+        else {}
+    )
+    seconds, memory, flop = {}, {}, None
+    for peer in peers.values():
+        peer.ask("train", steps=2)
+    for _ in range(rounds):
+        for name, frozen in (("ours", False), ("frozen", True)):
+            answer = train_ours(bench, dtype, frozen)
+            seconds.setdefault(name, []).extend(answer["step_seconds"])
+            memory[name] = max(memory.get(name, 0), answer["peak_rss_bytes"])
+            flop = flop or answer["flop_per_step"]
+        for name, peer in peers.items():
+            answer = peer.ask("train", steps=2)
+            seconds.setdefault(name, []).extend(answer["seconds"])
+            memory[name] = answer["peak_rss_bytes"]
+    for peer in peers.values():
+        peer.__exit__()
+    return {
+        "seconds": {name: spread(values) for name, values in seconds.items()},
+        "peak_rss_bytes": memory,
+        "flop_per_step": flop,
+        "tokens_per_second": {name: BATCH * TOKENS / statistics.median(values) for name, values in seconds.items()},
+    }
+
+
+def add_training(measured, dtype, report):
+    seconds, memory, rates = measured["seconds"], measured["peak_rss_bytes"], measured["tokens_per_second"]
+    peers = [name for name in seconds if name.startswith("peft")]
+    if peers:
+        best = max(peers, key=lambda name: rates[name])
+        report.add(
+            f"train_{dtype}_vs_peft",
+            "tokens/s over PEFT's at its best",
+            rates["ours"] / rates[best],
+            1.35,
+            ours={"tokens/s": rates["ours"]},
+            other={"tokens/s": rates[best]},
+        )
+        if dtype == "bf16":
+            report.add(
+                "train_bf16_vs_peft_fp32_adapters",
+                "tokens/s over PEFT's with fp32 adapters, as ours are",
+                rates["ours"] / rates["peft_fp32"],
+                2.0,
+                ours={"tokens/s": rates["ours"]},
+                other={"tokens/s": rates["peft_fp32"]},
+            )
+        report.add(
+            f"train_{dtype}_rss_vs_peft",
+            "peak memory over that of PEFT at its best",
+            memory["ours"] / memory[best],
+            0.34,
+            most=True,
+            ours={"MB": memory["ours"] / 1e6},
+            other={"MB": memory[best] / 1e6},
+        )
+    report.add(
+        "lora_overhead",
+        "step with adapters over the frozen step, minus 1",
+        seconds["ours"]["median"] / seconds["frozen"]["median"] - 1,
+        0.10,
+        part=dtype,
+        most=True,
+        ours=seconds["ours"],
+        other=seconds["frozen"],
+    )
+
+
+def add_training_limits(measured, dtype, limits, config, report):
+    flop, seconds = measured["flop_per_step"], measured["seconds"]["ours"]
+    share = sum(flop.values()) / limits.peak(dtype) / seconds["median"]
+    report.add(
+        f"train_{dtype}_share_of_limit",
+        "FLOP of the step at the peak of products, over the step's time",
+        share,
+        0.87 if dtype == "fp32" else 0.72,
+        ours=seconds,
+        other={"GFLOP/s peak": limits.peak(dtype) / 1e9},
+    )
+    if config == random_model.CONFIG:
+        own = limits.backbone_seconds(dtype, config, BATCH * TOKENS)
+        own += (flop["adapters"] + flop["attention"]) / limits.peak(dtype)
+        report.add(
+            f"train_{dtype}_share_of_own_shapes",
+            "the same with the backbone's products at the rate of their own shapes",
+            own / seconds["median"],
+            ours=seconds,
+            other={"ms products": 1e3 * own},
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+class Bench:
+    def __init__(self, args):
+        self.build, self.peers = args.build, args.peers
+        self.model = args.model or random_model.write(os.path.join(args.build, "bench", "model"))
+        self.measurements = {}
+
+    def program(self, name):
+        return os.path.join(self.build, "bench", name)
+
+    def config(self):
+        with open(os.path.join(self.model, "config.json"), encoding="utf-8") as file:
+            return json.load(file)
+
+
+def measure(bench, parts, report):
+    machine, begin = describe_machine(), time.monotonic()
+    heading("limits of the machine")
+    runs = [output_of(bench.program("bench_machine"), "7")]
+    machine.update(threads=runs[0]["threads"], onednn=runs[0]["onednn"], onednn_isa=hex(runs[0]["onednn_isa"]))
+    if bench.peers:
+        with Peer(bench.peers, "merge") as peer:
+            machine["peers"] = peer.ask("versions")
+    if "layer" in parts:
+        measure_layer(bench, report)
+    if "optimizer" in parts:
+        measure_optimizer(bench, report)
+    training = {dtype: measure_training_of(bench, dtype, 3) for dtype in ("fp32", "bf16")} if "train" in parts else {}
+    heading("limits of the machine, again")
+    limits = Limits(runs + [output_of(bench.program("bench_machine"), "7")])
+    for dtype, measured in training.items():
+        add_training(measured, dtype, report)
+        add_training_limits(measured, dtype, limits, bench.config(), report)
+    if "unload" in parts:
+        measure_unload(bench, limits, report)
+    bench.measurements["training"] = training
+    if "unload" in parts:
+        lines = subprocess.run(
+            [*PREFIX, bench.program("bench_kernels"), "5"], stdout=subprocess.PIPE, text=True, check=True
+        )
+        bench.measurements["kernels"] = [json.loads(line) for line in lines.stdout.splitlines()]
+    machine.update(load_after=os.getloadavg()[0], seconds=time.monotonic() - begin)
+    return machine, limits
+
+
+def write(path, text):
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.write(text)
+    os.replace(path + ".part", path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--build", default="build", help="where the programs are and bench.json goes")
+    parser.add_argument("--peers", help="a Python that has torch, transformers and PEFT")
+    parser.add_argument("--model", help="a model directory; default: SmolLM2-135M's shape with random weights")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, comma-separated (machine is always measured)")
+    args = parser.parse_args()
+    parts = args.only.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--only: the parts are {', '.join(PARTS)}")
+    bench, report = Bench(args), Report()
+    machine, limits = measure(bench, parts, report)
+    result = {
+        "machine": machine,
+        "limits": limits.summary(),
+        "figures": report.finish(),
+        "measurements": bench.measurements,
+    }
+    write(os.path.join(args.build, "bench.json"), json.dumps(result, indent=1))
+    write(os.path.join(args.build, "bench.md"), report.markdown())
+    print(report.table())
+    print(
+        f"\n{machine['cpu']}, {machine['threads']} threads, oneDNN {machine['onednn']}; products "
+        f"{limits.peak('fp32') / 1e9:.0f} GFLOP/s in fp32, {limits.peak('bf16') / 1e9:.0f} in bf16; multiply-adds "
+        f"{limits.multiply_adds() / 1e9:.0f}; load {machine['load_before']:.1f} to {machine['load_after']:.1f}; "
+        f"{machine['seconds']:.0f} s\n{os.path.join(args.build, 'bench.json')}"
+    )
+
+
+if __name__ == "__main__":
+    main()
