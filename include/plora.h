@@ -127,7 +127,10 @@ typedef struct plora_context_options {
     int32_t reserved;
 } plora_context_options;
 
-#define PLORA_CONTEXT_OPTIONS_INIT {sizeof(plora_context_options), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0}
+#define PLORA_CONTEXT_OPTIONS_INIT                                                                                     \
+    {                                                                                                                  \
+        sizeof(plora_context_options), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0                                  \
+    }
 
 /* Creates a context: backend, allocator, log. options may be NULL (CPU, defaults).
  * Errors: INVALID_ARGUMENT; BACKEND_UNAVAILABLE, whose message names the cause; OUT_OF_MEMORY. @since 0.1 */
@@ -139,13 +142,16 @@ PLORA_API plora_status plora_synchronize(plora_context *context, void *stream);
 
 typedef struct plora_memory_statistics {
     size_t struct_size;
-    size_t current_bytes;   /* live allocations of the library in this context */
-    size_t peak_bytes;      /* the highest current_bytes so far */
-    int64_t allocations;    /* number of allocations made so far */
-    size_t mapped_bytes;    /* model files mapped into memory: only touched pages are resident, only changed ones private */
+    size_t current_bytes; /* live allocations of the library in this context */
+    size_t peak_bytes;    /* the highest current_bytes so far */
+    int64_t allocations;  /* number of allocations made so far */
+    size_t mapped_bytes;  /* model files mapped: only touched pages are resident, only changed ones private */
 } plora_memory_statistics;
 
-#define PLORA_MEMORY_STATISTICS_INIT {sizeof(plora_memory_statistics), 0, 0, 0, 0}
+#define PLORA_MEMORY_STATISTICS_INIT                                                                                   \
+    {                                                                                                                  \
+        sizeof(plora_memory_statistics), 0, 0, 0, 0                                                                    \
+    }
 
 /* Every byte the library allocated through the context's hooks, in bytes. Any thread, at any time. @since 0.1 */
 PLORA_API plora_status plora_memory_stats(const plora_context *context, plora_memory_statistics *statistics);
@@ -170,7 +176,10 @@ typedef struct plora_linear {
     int32_t flags; /* PLORA_LAYER_... */
 } plora_linear;
 
-#define PLORA_LINEAR_INIT {sizeof(plora_linear), NULL, {NULL, 0, 0, 0, 0, 0}, NULL, 0, 0}
+#define PLORA_LINEAR_INIT                                                                                              \
+    {                                                                                                                  \
+        sizeof(plora_linear), NULL, {NULL, 0, 0, 0, 0, 0}, NULL, 0, 0                                                  \
+    }
 
 PLORA_API plora_status plora_model_create(plora_context *context, plora_model **model);
 
@@ -230,7 +239,7 @@ typedef struct plora_adapters_options {
     int32_t rank;
     int32_t init;   /* PLORA_INIT_... */
     double alpha;   /* s = alpha / R */
-    double dropout; /* probability in [0, 1) that an input element of the low-rank path is zero; the rest is scaled up */
+    double dropout; /* probability in [0, 1) that an input element of the low-rank path is 0; the rest is scaled up */
     uint64_t seed;  /* of init and dropout */
     /* Comma-separated patterns. "all-linear": every layer but heads. One with '*', '?' or '[': a glob over the whole name.
      * Any other: the name itself, or its last components ("q_proj", "self_attn.q_proj"). NULL = "all-linear". */
@@ -238,13 +247,15 @@ typedef struct plora_adapters_options {
     const char *exclude; /* patterns of layers left out all the same, or NULL */
     const plora_adapters_override *overrides;
     int64_t override_count;
-    int32_t rslora;         /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
+    int32_t rslora; /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
     int32_t reserved;
     int64_t workspace_tokens; /* tokens of one pass over the workspace; longer calls take several. 0 = 1024 */
 } plora_adapters_options;
 
 #define PLORA_ADAPTERS_OPTIONS_INIT                                                                                    \
-    {sizeof(plora_adapters_options), 8, PLORA_INIT_KAIMING_UNIFORM, 16.0, 0.0, 0, NULL, NULL, NULL, 0, 0, 0, 0}
+    {                                                                                                                  \
+        sizeof(plora_adapters_options), 8, PLORA_INIT_KAIMING_UNIFORM, 16.0, 0.0, 0, NULL, NULL, NULL, 0, 0, 0, 0      \
+    }
 
 /* Creates the adapters of stage 0 and initialises them: A is drawn from Philox4x32-10 keyed by (seed, stage, layer, element),
  * the same bits on every rank, backend and sharding; B is 0, so the function of the model is unchanged.
@@ -270,14 +281,18 @@ typedef struct plora_adapter {
 } plora_adapter;
 
 #define PLORA_ADAPTER_INIT                                                                                             \
-    {sizeof(plora_adapter), {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, 0.0}
+    {                                                                                                                  \
+        sizeof(plora_adapter), {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0}, {NULL, 0, 0, 0, 0, 0},                    \
+            {NULL, 0, 0, 0, 0, 0}, 0.0                                                                                 \
+    }
 
 PLORA_API plora_status plora_adapters_layer(plora_adapters *adapters, int32_t layer, plora_adapter *adapter);
 
 /* Which dropout masks the following calls draw: a mask is a function of (seed, step, layer, first_token + row, column).
  * A host advances `step` with every micro-batch, and gives data-parallel ranks or token chunks their own first_token;
  * forward and backward of a micro-batch must see the same values. 0, 0 at creation. @since 0.1 */
-PLORA_API plora_status plora_adapters_set_dropout_position(plora_adapters *adapters, uint64_t step, uint64_t first_token);
+PLORA_API plora_status plora_adapters_set_dropout_position(plora_adapters *adapters, uint64_t step,
+                                                           uint64_t first_token);
 
 /* The number of completed unloads: 0 during the first stage. @since 0.1 */
 PLORA_API int64_t plora_adapters_stage(const plora_adapters *adapters);
@@ -295,15 +310,16 @@ PLORA_API plora_status plora_adapters_save(const plora_adapters *adapters, const
 /* Creates adapters from a PEFT directory: rank from the tensor shapes, one scale per layer, bit-exact values. What is not
  * supported (DoRA, unknown keys, a trained bias ...) is refused by name. options (may be NULL) gives only seed, init, dropout
  * and workspace_tokens. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model). @since 0.1 */
-PLORA_API plora_status plora_adapters_load(plora_model *model, const char *directory, const plora_adapters_options *options,
-                                           plora_adapters **adapters);
+PLORA_API plora_status plora_adapters_load(plora_model *model, const char *directory,
+                                           const plora_adapters_options *options, plora_adapters **adapters);
 
 /* ------------------------------------------------------------------------------------------------------------- linear */
 
 enum {
-    PLORA_LINEAR_DROPOUT = 1,    /* apply the adapters' dropout (training); without it the layer is in evaluation mode */
-    PLORA_LINEAR_DELTA_ONLY = 2, /* only the low-rank part, added to what y (dx) holds: the host computes x W^T (dy W) */
-    PLORA_LINEAR_ACCUMULATE = 4  /* backward only: dx += instead of dx = */
+    PLORA_LINEAR_DROPOUT = 1, /* apply the adapters' dropout (training); without it the layer is in evaluation mode */
+    PLORA_LINEAR_DELTA_ONLY =
+        2,                      /* only the low-rank part, added to what y (dx) holds: the host computes x W^T (dy W) */
+    PLORA_LINEAR_ACCUMULATE = 4 /* backward only: dx += instead of dx = */
 };
 
 /* y = x W^T + bias + s dropout(x) A^T B^T          x[T,K], y[T,N], each F32 or BF16; x and y must not overlap.
@@ -323,7 +339,8 @@ PLORA_API plora_status plora_linear_forward(plora_adapters *adapters, int32_t la
  *     dA += v^T dropout(x)               [R,K]
  * Threads, precision and errors as the forward. @since 0.1 */
 PLORA_API plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x,
-                                             const plora_matrix *dy, const plora_matrix *dx, uint32_t flags, void *stream);
+                                             const plora_matrix *dy, const plora_matrix *dx, uint32_t flags,
+                                             void *stream);
 
 /* ---------------------------------------------------------------------------------------------------------- optimizer */
 
@@ -345,11 +362,11 @@ typedef struct plora_optimizer_options {
     int32_t algorithm; /* PLORA_OPTIMIZER_... */
     int32_t schedule;  /* PLORA_SCHEDULE_... */
     double learning_rate;
-    double beta1;        /* AdamW; the momentum of SGD */
-    double beta2;        /* AdamW */
-    double epsilon;      /* AdamW */
-    double weight_decay; /* decoupled: p <- p - lr * weight_decay * p */
-    double b_ratio;      /* LoRA+ (arXiv 2402.12354): the learning rate of B over that of A */
+    double beta1;             /* AdamW; the momentum of SGD */
+    double beta2;             /* AdamW */
+    double epsilon;           /* AdamW */
+    double weight_decay;      /* decoupled: p <- p - lr * weight_decay * p */
+    double b_ratio;           /* LoRA+ (arXiv 2402.12354): the learning rate of B over that of A */
     double max_gradient_norm; /* clip the global L2 norm to this; 0 = off */
     double final_ratio;       /* f of the schedule */
     int64_t warmup_steps;
@@ -358,8 +375,10 @@ typedef struct plora_optimizer_options {
 } plora_optimizer_options;
 
 #define PLORA_OPTIMIZER_OPTIONS_INIT                                                                                   \
-    {sizeof(plora_optimizer_options), PLORA_OPTIMIZER_ADAMW, PLORA_SCHEDULE_CONSTANT, 2e-4, 0.9, 0.999, 1e-8, 0.0, 1.0,  \
-     0.0, 0.0, 0, 0, 0}
+    {                                                                                                                  \
+        sizeof(plora_optimizer_options), PLORA_OPTIMIZER_ADAMW, PLORA_SCHEDULE_CONSTANT, 2e-4, 0.9, 0.999, 1e-8, 0.0,  \
+            1.0, 0.0, 0.0, 0, 0, 0                                                                                     \
+    }
 
 /* Errors: INVALID_ARGUMENT (each value is checked and named), OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_optimizer_create(plora_adapters *adapters, const plora_optimizer_options *options,
@@ -373,7 +392,10 @@ typedef struct plora_step_report {
     int64_t step;         /* 1, 2, ...: steps since the last reset, this one included (the t of the bias correction) */
 } plora_step_report;
 
-#define PLORA_STEP_REPORT_INIT {sizeof(plora_step_report), 0.0, 0.0, 0}
+#define PLORA_STEP_REPORT_INIT                                                                                         \
+    {                                                                                                                  \
+        sizeof(plora_step_report), 0.0, 0.0, 0                                                                         \
+    }
 
 /* One update of every parameter from the gradient arena, in one fused pass. With g = gradient * gradient_scale * clip:
  *     AdamW  m = b1 m + (1 - b1) g;  v = b2 v + (1 - b2) g^2;
@@ -381,8 +403,8 @@ typedef struct plora_step_report {
  *     SGD    m = b1 m + g;  p <- p (1 - lr wd) - lr m
  * gradient_scale is 1 / (loss scale x accumulated micro-batches); it must be finite and > 0. Gradients are left as they are.
  * Errors: NON_FINITE (the gradient norm; nothing has changed, the step is not counted), INVALID_ARGUMENT. @since 0.1 */
-PLORA_API plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_scale, plora_step_report *report,
-                                            void *stream);
+PLORA_API plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_scale,
+                                            plora_step_report *report, void *stream);
 
 /* Sets the gradient arena of the optimizer's adapters to 0. @since 0.1 */
 PLORA_API plora_status plora_optimizer_zero_gradients(plora_optimizer *optimizer, void *stream);
@@ -406,7 +428,7 @@ enum { PLORA_ROUND_NEAREST = 0 };
 enum {
     PLORA_MOMENTS_DEFAULT = 0, /* RESET when momentum = 1, KEEP below */
     PLORA_MOMENTS_RESET = 1,   /* all to 0, the schedule restarts */
-    PLORA_MOMENTS_KEEP = 2     /* kept: with k = sqrt(1 - momentum), first moment times k, second times k^2 (gradients of A
+    PLORA_MOMENTS_KEEP = 2 /* kept: with k = sqrt(1 - momentum), first moment times k, second times k^2 (gradients of A
                                 * scale with B and the reverse); counters go on. Invalid when momentum = 1. */
 };
 
@@ -417,24 +439,27 @@ typedef struct plora_unload_options {
     int32_t rounding;
 } plora_unload_options;
 
-#define PLORA_UNLOAD_OPTIONS_INIT {sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_NEAREST}
+#define PLORA_UNLOAD_OPTIONS_INIT                                                                                      \
+    {                                                                                                                  \
+        sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_NEAREST                                  \
+    }
 
 /* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that the stored dtype holds. */
 typedef struct plora_unload_layer {
     int32_t layer;
     int32_t rank;
-    double scale;             /* m s */
-    double update_rms;        /* rms of D */
-    double weight_rms;        /* rms of W before */
-    double captured;          /* <W' - W, D> / <D, D>; 1 when D = 0 */
-    double changed;           /* share of weights whose bits changed */
-    double lost_max;          /* max |D - (W' - W)| */
-    double effective_rank;    /* (sum sigma^2)^2 / sum sigma^4 over the singular values of B A; 0 when D = 0 */
+    double scale;          /* m s */
+    double update_rms;     /* rms of D */
+    double weight_rms;     /* rms of W before */
+    double captured;       /* <W' - W, D> / <D, D>; 1 when D = 0 */
+    double changed;        /* share of weights whose bits changed */
+    double lost_max;       /* max |D - (W' - W)| */
+    double effective_rank; /* (sum sigma^2)^2 / sum sigma^4 over the singular values of B A; 0 when D = 0 */
 } plora_unload_layer;
 
 typedef struct plora_unload_report {
     size_t struct_size;
-    int64_t stage; /* of the adapter that was unloaded: 0, 1, ... */
+    int64_t stage;   /* of the adapter that was unloaded: 0, 1, ... */
     int32_t weights; /* number of weights merged */
     int32_t reserved;
     double update_rms; /* over all merged weights, as above */
@@ -447,7 +472,10 @@ typedef struct plora_unload_report {
     int64_t layer_capacity;
 } plora_unload_report;
 
-#define PLORA_UNLOAD_REPORT_INIT {sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0}
+#define PLORA_UNLOAD_REPORT_INIT                                                                                       \
+    {                                                                                                                  \
+        sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0                                    \
+    }
 
 /* Ends a stage (arXiv 2402.16141). With m = momentum and k = sqrt(1 - m), for every adapter:
  *     W <- round(W + m s B A)            fp32 accumulation, one rounding to the dtype of W, no N x K temporary
@@ -458,8 +486,8 @@ typedef struct plora_unload_report {
  * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL.
  * Everything is checked before the first write: on an error nothing has changed. Errors: NON_FINITE (a value of A or B, or a
  * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT. @since 0.1 */
-PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, const plora_unload_options *options,
-                                    plora_unload_report *report, void *stream);
+PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer,
+                                    const plora_unload_options *options, plora_unload_report *report, void *stream);
 
 /* --------------------------------------------------------------------------------------------------------- checkpoint */
 

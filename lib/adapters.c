@@ -23,8 +23,8 @@ static plora_status check_options(const plora_adapters_options *options)
     PLORA_CHECK(options->dropout >= 0.0 && options->dropout < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "dropout is %g: must be in [0, 1)", options->dropout);
     PLORA_CHECK(isfinite(options->alpha), PLORA_ERROR_INVALID_ARGUMENT, "alpha is %g: must be finite", options->alpha);
-    PLORA_CHECK(options->rslora == 0 || options->rslora == 1, PLORA_ERROR_INVALID_ARGUMENT, "rslora is %d: must be 0 or 1",
-                options->rslora);
+    PLORA_CHECK(options->rslora == 0 || options->rslora == 1, PLORA_ERROR_INVALID_ARGUMENT,
+                "rslora is %d: must be 0 or 1", options->rslora);
     PLORA_CHECK(options->workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
                 (long long)options->workspace_tokens);
     PLORA_CHECK(options->override_count >= 0 && (options->override_count == 0 || options->overrides != NULL),
@@ -46,8 +46,8 @@ static plora_status check_overrides(const plora_model *model, const plora_adapte
                !plora__pattern_matches(override->pattern, strlen(override->pattern), &model->layers[layer]))
             ++layer;
         PLORA_CHECK(layer < model->layer_count, PLORA_ERROR_NOT_FOUND,
-                    "overrides[%lld]: pattern '%s' matches none of the model's %d layers", (long long)i, override->pattern,
-                    model->layer_count);
+                    "overrides[%lld]: pattern '%s' matches none of the model's %d layers", (long long)i,
+                    override->pattern, model->layer_count);
     }
     return PLORA_OK;
 }
@@ -90,7 +90,8 @@ plora_status plora_adapters_create(plora_model *model, const plora_adapters_opti
     unsigned char *chosen = (unsigned char *)memory + layers * sizeof *choices, *excluded = chosen + layers;
     int32_t count = 0;
     if (layers > 0) {
-        PLORA_TRY_OUT(plora__match_targets(model, options.targets == NULL ? "all-linear" : options.targets, "targets", chosen));
+        PLORA_TRY_OUT(
+            plora__match_targets(model, options.targets == NULL ? "all-linear" : options.targets, "targets", chosen));
         PLORA_TRY_OUT(plora__match_targets(model, options.exclude == NULL ? "" : options.exclude, "exclude", excluded));
     }
     for (int32_t i = 0; i < model->layer_count; ++i)
@@ -149,14 +150,16 @@ static plora_status check_choice(const plora_model *model, const struct plora__a
     const struct plora__layer *layer = &model->layers[choice->layer];
     const int64_t k = layer->in_features, n = layer->out_features;
     PLORA_CHECK(choice->rank >= 1 && choice->rank <= (k < n ? k : n), PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': rank %d exceeds min(K=%lld, N=%lld)", layer->name, choice->rank, (long long)k, (long long)n);
+                "layer '%s': rank %d exceeds min(K=%lld, N=%lld)", layer->name, choice->rank, (long long)k,
+                (long long)n);
     PLORA_CHECK(isfinite(choice->scale), PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': scale is %g: must be finite",
                 layer->name, choice->scale);
     return PLORA_OK;
 }
 
 /* Fills adapter_of_layer and adapters from the choices: one adapter a weight, in weight order, tied layers share it. */
-static plora_status place_adapters(plora_adapters *adapters, const struct plora__adapter_choice *choices, int32_t choice_count)
+static plora_status place_adapters(plora_adapters *adapters, const struct plora__adapter_choice *choices,
+                                   int32_t choice_count)
 {
     const plora_model *model = adapters->model;
     int32_t *of_layer = adapters->adapter_of_layer;
@@ -186,9 +189,14 @@ static plora_status place_adapters(plora_adapters *adapters, const struct plora_
         const struct plora__adapter_choice *choice = &choices[of_layer[i]];
         const struct plora__layer *layer = &model->layers[i];
         struct plora__adapter *adapter = &adapters->adapters[next];
-        *adapter = (struct plora__adapter){.weight = layer->weight, .layer = i, .rank = choice->rank,
-                                           .in_features = layer->in_features, .out_features = layer->out_features,
-                                           .alpha = choice->alpha, .scale = choice->scale, .a_offset = offset};
+        *adapter = (struct plora__adapter){.weight = layer->weight,
+                                           .layer = i,
+                                           .rank = choice->rank,
+                                           .in_features = layer->in_features,
+                                           .out_features = layer->out_features,
+                                           .alpha = choice->alpha,
+                                           .scale = choice->scale,
+                                           .a_offset = offset};
         const int64_t align = PLORA__ARENA_ALIGNMENT;
         offset += (adapter->rank * adapter->in_features + align - 1) / align * align;
         adapter->b_offset = offset;
@@ -217,7 +225,8 @@ static plora_status allocate_arenas(plora_adapters *adapters)
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
         const int64_t end = i + 1 < adapters->adapter_count ? adapter[1].a_offset : adapters->parameter_count;
-        adapters->segments[2 * i] = (struct plora__segment){.begin = adapter->a_offset, .end = adapter->b_offset, .is_b = 0};
+        adapters->segments[2 * i] =
+            (struct plora__segment){.begin = adapter->a_offset, .end = adapter->b_offset, .is_b = 0};
         adapters->segments[2 * i + 1] = (struct plora__segment){.begin = adapter->b_offset, .end = end, .is_b = 1};
     }
     adapters->segment_count = 2 * adapters->adapter_count;
@@ -305,7 +314,8 @@ plora_status plora__adapters_init(plora_adapters *adapters, void *stream)
 
 static plora_status arena(const plora_adapters *adapters, float *memory, float **data, int64_t *count)
 {
-    PLORA_CHECK(data != NULL && count != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL", data == NULL ? "data" : "count");
+    PLORA_CHECK(data != NULL && count != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
+                data == NULL ? "data" : "count");
     *data = memory;
     *count = adapters->parameter_count;
     return PLORA_OK;
@@ -363,8 +373,8 @@ plora_status plora_adapters_workspace_size(const plora_adapters *adapters, int64
 {
     PLORA_CHECK(adapters != NULL && bytes != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
                 adapters == NULL ? "adapters" : "bytes");
-    PLORA_CHECK(tokens >= 1 && tokens <= INT32_MAX, PLORA_ERROR_INVALID_ARGUMENT, "tokens is %lld: must be 1 .. 2^31 - 1",
-                (long long)tokens);
+    PLORA_CHECK(tokens >= 1 && tokens <= INT32_MAX, PLORA_ERROR_INVALID_ARGUMENT,
+                "tokens is %lld: must be 1 .. 2^31 - 1", (long long)tokens);
     *bytes = plora__linear_workspace_bytes(adapters, tokens);
     return PLORA_OK;
 }
@@ -380,7 +390,8 @@ plora_status plora_adapters_set_workspace(plora_adapters *adapters, void *worksp
         const size_t least = plora__linear_workspace_bytes(adapters, 1);
         PLORA_CHECK((uintptr_t)workspace % PLORA__ALIGNMENT == 0, PLORA_ERROR_INVALID_ARGUMENT,
                     "workspace at %p is not aligned to %d bytes", workspace, PLORA__ALIGNMENT);
-        PLORA_CHECK(bytes >= least, PLORA_ERROR_INVALID_ARGUMENT, "workspace of %zu bytes: one token needs %zu", bytes, least);
+        PLORA_CHECK(bytes >= least, PLORA_ERROR_INVALID_ARGUMENT, "workspace of %zu bytes: one token needs %zu", bytes,
+                    least);
     }
     pthread_mutex_lock(&adapters->workspace_lock);
     adapters->workspace = workspace;

@@ -66,7 +66,7 @@ struct plora__step_args {
     float *parameters;
     const float *gradients;
     float *first_moment;
-    float *second_moment; /* NULL for SGD */
+    float *second_moment;                  /* NULL for SGD */
     const struct plora__segment *segments; /* host memory; they cover [0, count) in order */
     double learning_rate[2];               /* of A, of B */
     double weight_decay, beta1, beta2, epsilon;
@@ -86,16 +86,17 @@ struct plora__merge_args {
     const float *right;
     int64_t right_rank_stride, right_column_stride;
     struct plora__merge_sums *sums; /* host memory; NULL = no report */
-    int64_t *overflows; /* host memory; not NULL: W stays as it is, and this becomes the number of finite elements of W that
-                         * the merge would make infinite or NaN */
-    void *workspace;    /* 64-byte aligned, merge_workspace() bytes */
+    /* Host memory; not NULL: a trial. W stays as it is, and this becomes the number of finite elements of W that the merge
+     * would make infinite or NaN. */
+    int64_t *overflows;
+    void *workspace; /* 64-byte aligned, merge_workspace() bytes */
 };
 
 /* Sums over the elements of one weight, with d = the wanted update and g = W' - W. */
 struct plora__merge_sums {
-    double dd, gd, ww; /* sum d^2, g d, W^2 */
-    double changed;    /* number of elements whose bits changed */
-    double lost_max;   /* max |d - g| */
+    double dd, gd, ww;     /* sum d^2, g d, W^2 */
+    double changed;        /* number of elements whose bits changed */
+    double lost_max;       /* max |d - g| */
     double effective_rank; /* of left right: (sum sigma^2)^2 / sum sigma^4, 0 when it is 0 */
 };
 
@@ -115,20 +116,23 @@ struct plora_backend {
 
     plora_status (*allocate)(void *device, size_t bytes, void **memory); /* 64-byte aligned, not cleared */
     void (*release)(void *device, void *memory, size_t bytes);
-    plora_status (*copy)(void *device, void *destination, const void *source, size_t bytes, void *stream); /* any direction */
+    /* In any direction. */
+    plora_status (*copy)(void *device, void *destination, const void *source, size_t bytes, void *stream);
     plora_status (*clear)(void *device, void *memory, size_t bytes, void *stream);
     plora_status (*synchronize)(void *device, void *stream);
 
     plora_status (*init_adapter)(void *device, const struct plora__init_args *args, void *stream);
 
-    size_t (*linear_workspace)(void *device, const struct plora__linear_args *args); /* only shapes and dtypes are read */
+    /* Only shapes and dtypes are read. */
+    size_t (*linear_workspace)(void *device, const struct plora__linear_args *args);
     plora_status (*linear_forward)(void *device, const struct plora__linear_args *args, void *stream);
     plora_status (*linear_backward)(void *device, const struct plora__linear_args *args, void *stream);
 
     /* Sum of squares of [count] values, in a fixed order; inf or NaN when any value is. Result in host memory. */
     plora_status (*sum_of_squares)(void *device, const float *values, int64_t count, double *result, void *stream);
     plora_status (*optimizer_step)(void *device, const struct plora__step_args *args, void *stream);
-    plora_status (*scale)(void *device, float *values, int64_t count, float factor, void *stream); /* values *= factor */
+    /* values *= factor */
+    plora_status (*scale)(void *device, float *values, int64_t count, float factor, void *stream);
 
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
     /* The largest |value| of a matrix, +inf when one is inf or NaN. Result in host memory. */

@@ -2,7 +2,8 @@
 #include "backend.h"
 #include "status.h"
 
-static plora_status cuda_open(const plora_context_options *options, const struct plora__host_memory *memory, void **device)
+static plora_status cuda_open(const plora_context_options *options, const struct plora__host_memory *memory,
+                              void **device)
 {
     (void)options;
     (void)memory;

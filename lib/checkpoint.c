@@ -126,7 +126,7 @@ struct tensors {
     size_t bytes;
 };
 
-static void list_arena(struct tensors *tensors, const char *name, float *data, int64_t count)
+static void list_arena(struct tensors *tensors, const char *name, const float *data, int64_t count)
 {
     if (data == NULL) return;
     int64_t *shape = tensors->shapes[tensors->count];
@@ -137,7 +137,7 @@ static void list_arena(struct tensors *tensors, const char *name, float *data, i
         .shape = shape,
         .dimensions = 1,
         .bytes = (size_t)count * sizeof(float),
-        .data = data,
+        .data = (void *)(uintptr_t)data,
     };
     tensors->arenas = tensors->count;
 }

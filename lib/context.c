@@ -62,7 +62,8 @@ plora_status plora_context_create(const plora_context_options *given, plora_cont
     }
 
     plora_context *created = options.host_allocate(sizeof *created, PLORA__ALIGNMENT, options.host_user);
-    PLORA_CHECK(created != NULL, PLORA_ERROR_OUT_OF_MEMORY, "out of memory: %zu bytes for the context", sizeof *created);
+    PLORA_CHECK(created != NULL, PLORA_ERROR_OUT_OF_MEMORY, "out of memory: %zu bytes for the context",
+                sizeof *created);
     memset(created, 0, sizeof *created);
     created->options = options;
     created->backend = backend;
@@ -172,7 +173,8 @@ void plora__device_free(plora_context *context, void *memory, size_t bytes)
 
 plora_status plora__multiply(size_t a, size_t b, size_t *product)
 {
-    PLORA_CHECK(!__builtin_mul_overflow(a, b, product), PLORA_ERROR_OUT_OF_MEMORY, "size overflow: %zu * %zu bytes", a, b);
+    PLORA_CHECK(!__builtin_mul_overflow(a, b, product), PLORA_ERROR_OUT_OF_MEMORY, "size overflow: %zu * %zu bytes", a,
+                b);
     return PLORA_OK;
 }
 

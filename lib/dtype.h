@@ -65,8 +65,9 @@ static inline uint16_t plora__float_to_f16(float value)
     const uint32_t magnitude = bits & 0x7fffffffu;
     if (magnitude > 0x7f800000u) return (uint16_t)(sign | 0x7e00u);
     if (magnitude >= 0x477ff000u) return (uint16_t)(sign | 0x7c00u); /* 65520 and above round to infinity */
-    if (magnitude < 0x38800000u) {                                    /* below 2^-14: a multiple of 2^-24 */
-        const float shifted = plora__float_from_bits(magnitude) + 0.5f; /* the ulp of 0.5 is 2^-24: this addition rounds */
+    if (magnitude < 0x38800000u) {                                   /* below 2^-14: a multiple of 2^-24 */
+        const float shifted =
+            plora__float_from_bits(magnitude) + 0.5f; /* the ulp of 0.5 is 2^-24: this addition rounds */
         return (uint16_t)(sign | (plora__float_bits(shifted) - 0x3f000000u));
     }
     const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);

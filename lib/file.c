@@ -17,6 +17,16 @@ static plora_status system_error(const char *what, const char *path, int error)
     return plora__fail(PLORA_ERROR_IO, "%s '%.600s': %s", what, path, strerror_r(error, reason, sizeof reason));
 }
 
+plora_status plora__join_path(plora_context *context, const char *directory, const char *name, char **path)
+{
+    const size_t bytes = strlen(directory) + strlen(name) + 2;
+    void *memory;
+    PLORA_TRY(plora__allocate(context, bytes, &memory));
+    snprintf(memory, bytes, "%s/%s", directory, name);
+    *path = memory;
+    return PLORA_OK;
+}
+
 plora_status plora__file_map(plora_context *context, const char *path, struct plora__mapping *mapping)
 {
     /* O_NONBLOCK: a FIFO without a writer must not hang the caller. */

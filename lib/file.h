@@ -13,6 +13,9 @@ struct plora__mapping {
     size_t bytes;
 };
 
+/* "directory/name", to be released by plora__free_string(). */
+plora_status plora__join_path(plora_context *context, const char *directory, const char *name, char **path);
+
 /* Errors: IO with the system's reason. */
 plora_status plora__file_map(plora_context *context, const char *path, struct plora__mapping *mapping);
 void plora__file_unmap(plora_context *context, struct plora__mapping *mapping);

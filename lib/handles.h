@@ -35,7 +35,8 @@ plora_status plora__multiply(size_t a, size_t b, size_t *product);
 /* A copy of a string, and its release. */
 plora_status plora__duplicate(plora_context *context, const char *text, char **copy);
 void plora__free_string(plora_context *context, char *text);
-void plora__log(const plora_context *context, int32_t level, const char *format, ...) __attribute__((format(printf, 3, 4)));
+void plora__log(const plora_context *context, int32_t level, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
 
 /* A CPU context has no streams. */
 plora_status plora__check_stream(const plora_context *context, const void *stream);
@@ -67,7 +68,7 @@ struct plora_model {
     struct plora__layer *layers;
     int32_t weight_count, weight_capacity;
     int32_t layer_count, layer_capacity;
-    atomic_int adapters_made;          /* > 0: no more layers may be added */
+    atomic_int adapters_made;         /* > 0: no more layers may be added */
     struct plora__model_files *files; /* NULL for a host-built model */
 };
 
@@ -103,12 +104,12 @@ struct plora_adapters {
     pthread_mutex_t workspace_lock;
     void *own_workspace, *workspace; /* device; workspace is own_workspace or the host's */
     size_t own_workspace_bytes, workspace_bytes;
-    void *merge_workspace;    /* device */
+    void *merge_workspace; /* device */
     size_t merge_workspace_bytes;
 };
 
-/* unload.c: what the backend is to merge for one adapter at momentum 1, without sums. */
-struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t adapter);
+/* unload.c: what the backend is to merge for adapter `number` at momentum 1, without sums. */
+struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number);
 
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);

@@ -5,7 +5,9 @@
 #include "handles.h"
 #include "matrix.h"
 
-enum { FEW_TOKENS = 16 }; /* what the workspace always has room for where a layer has no adapter and operands must be widened */
+enum {
+    FEW_TOKENS = 16
+}; /* what the workspace always has room for where a layer has no adapter and operands must be widened */
 
 /* ----------------------------------------------------------------------------------------------------------- arguments */
 
@@ -32,8 +34,8 @@ static struct plora__linear_args layer_args(const plora_adapters *adapters, int3
         args.b = adapters->parameters + adapter->b_offset;
         args.a_gradient = adapters->gradients + adapter->a_offset;
         args.b_gradient = adapters->gradients + adapter->b_offset;
-        args.dropout = (struct plora__dropout){adapters->options.dropout, adapters->options.seed, adapters->dropout_step,
-                                               adapters->dropout_first_token, layer};
+        args.dropout = (struct plora__dropout){adapters->options.dropout, adapters->options.seed,
+                                               adapters->dropout_step, adapters->dropout_first_token, layer};
     }
     return args;
 }
@@ -84,19 +86,22 @@ static plora_status check_matrix(const plora_matrix *matrix, const char *what, c
     PLORA_CHECK(matrix->rows == rows && matrix->columns == columns && rows >= 0, PLORA_ERROR_SHAPE,
                 "layer '%s': %s is [%lld,%lld]: must be [%lld,%lld]", layer, what, (long long)matrix->rows,
                 (long long)matrix->columns, (long long)rows, (long long)columns);
-    PLORA_CHECK(matrix->stride >= columns, PLORA_ERROR_SHAPE, "layer '%s': %s has stride %lld: must be >= %lld", layer, what,
-                (long long)matrix->stride, (long long)columns);
+    PLORA_CHECK(matrix->stride >= columns, PLORA_ERROR_SHAPE, "layer '%s': %s has stride %lld: must be >= %lld", layer,
+                what, (long long)matrix->stride, (long long)columns);
     PLORA_CHECK(rows <= PTRDIFF_MAX / 4 / matrix->stride, PLORA_ERROR_SHAPE,
                 "layer '%s': %s of %lld rows with stride %lld exceeds the address space", layer, what, (long long)rows,
                 (long long)matrix->stride);
-    PLORA_CHECK(matrix->data != NULL || rows == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': %s.data is NULL", layer, what);
+    PLORA_CHECK(matrix->data != NULL || rows == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': %s.data is NULL", layer,
+                what);
     PLORA_CHECK((uintptr_t)matrix->data % plora__dtype_size(matrix->dtype) == 0, PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': %s at %p is not aligned for %s", layer, what, matrix->data, plora__dtype_name(matrix->dtype));
+                "layer '%s': %s at %p is not aligned for %s", layer, what, matrix->data,
+                plora__dtype_name(matrix->dtype));
     return PLORA_OK;
 }
 
-static plora_status check_call(const plora_adapters *adapters, int32_t layer, const plora_matrix *x, const plora_matrix *y,
-                               const char *y_name, uint32_t flags, uint32_t known_flags, void *stream)
+static plora_status check_call(const plora_adapters *adapters, int32_t layer, const plora_matrix *x,
+                               const plora_matrix *y, const char *y_name, uint32_t flags, uint32_t known_flags,
+                               void *stream)
 {
     PLORA_CHECK(adapters != NULL && x != NULL && y != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
                 adapters == NULL ? "adapters"
@@ -176,8 +181,8 @@ plora_status plora_linear_forward(plora_adapters *adapters, int32_t layer, const
     return run_passes(adapters, layer, &args, adapters->model->context->backend->linear_forward, stream);
 }
 
-plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x, const plora_matrix *dy,
-                                   const plora_matrix *dx, uint32_t flags, void *stream)
+plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x,
+                                   const plora_matrix *dy, const plora_matrix *dx, uint32_t flags, void *stream)
 {
     PLORA_TRY(check_call(adapters, layer, x, dy, "dy", flags,
                          PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY | PLORA_LINEAR_ACCUMULATE, stream));

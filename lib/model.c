@@ -24,7 +24,8 @@ plora_status plora_model_create(plora_context *context, plora_model **model)
 
 plora_status plora_model_open(plora_context *context, const char *path, plora_model **model)
 {
-    PLORA_CHECK(path != NULL && model != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL", path == NULL ? "path" : "model");
+    PLORA_CHECK(path != NULL && model != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
+                path == NULL ? "path" : "model");
     plora_model *opened;
     PLORA_TRY(plora_model_create(context, &opened));
     const plora_status status = plora__model_files_open(opened, path);
@@ -104,7 +105,8 @@ static plora_status find_weight(const plora_model *model, const plora_linear *li
 static plora_status grow(plora_context *context, void **items, int32_t count, int32_t *capacity, size_t size)
 {
     if (count < *capacity) return PLORA_OK;
-    PLORA_CHECK(*capacity < INT32_MAX / 4, PLORA_ERROR_UNSUPPORTED, "%d layers are the most that a model can have", count);
+    PLORA_CHECK(*capacity < INT32_MAX / 4, PLORA_ERROR_UNSUPPORTED, "%d layers are the most that a model can have",
+                count);
     const int32_t larger = *capacity == 0 ? 16 : *capacity * 2;
     void *moved;
     PLORA_TRY(plora__allocate(context, (size_t)larger * size, &moved));
@@ -121,7 +123,8 @@ plora_status plora_model_add_linear(plora_model *model, const plora_linear *give
                 model == NULL ? "model" : "linear");
     plora_linear linear = PLORA_LINEAR_INIT;
     PLORA_TRY(plora__read_options(&linear, sizeof linear, given, "plora_linear"));
-    PLORA_CHECK(linear.name != NULL && linear.name[0] != '\0', PLORA_ERROR_INVALID_ARGUMENT, "the layer's name is empty");
+    PLORA_CHECK(linear.name != NULL && linear.name[0] != '\0', PLORA_ERROR_INVALID_ARGUMENT,
+                "the layer's name is empty");
     const int32_t known_flags = PLORA_LAYER_FAN_IN_FAN_OUT | PLORA_LAYER_HEAD;
     PLORA_CHECK((linear.flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': unknown flags 0x%x",
                 linear.name, (unsigned)(linear.flags & ~known_flags));
@@ -135,8 +138,10 @@ plora_status plora_model_add_linear(plora_model *model, const plora_linear *give
     PLORA_TRY(find_weight(model, &linear, &weight));
 
     plora_context *context = model->context;
-    PLORA_TRY(grow(context, (void **)&model->layers, model->layer_count, &model->layer_capacity, sizeof *model->layers));
-    PLORA_TRY(grow(context, (void **)&model->weights, model->weight_count, &model->weight_capacity, sizeof *model->weights));
+    PLORA_TRY(
+        grow(context, (void **)&model->layers, model->layer_count, &model->layer_capacity, sizeof *model->layers));
+    PLORA_TRY(
+        grow(context, (void **)&model->weights, model->weight_count, &model->weight_capacity, sizeof *model->weights));
     char *name;
     PLORA_TRY(plora__duplicate(context, linear.name, &name));
 

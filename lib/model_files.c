@@ -22,16 +22,6 @@ static const char index_name[] = "model.safetensors.index.json";
 
 /* ------------------------------------------------------------------------------------------------------------- opening */
 
-static plora_status join(plora_context *context, const char *directory, const char *name, char **path)
-{
-    const size_t bytes = strlen(directory) + strlen(name) + 2;
-    void *memory;
-    PLORA_TRY(plora__allocate(context, bytes, &memory));
-    snprintf(memory, bytes, "%s/%s", directory, name);
-    *path = memory;
-    return PLORA_OK;
-}
-
 static const struct plora__tensor *find(const struct plora__model_files *files, const char *name)
 {
     for (int32_t i = 0; i < files->shard_count; ++i) {
@@ -137,7 +127,7 @@ static plora_status open_mapped_shards(plora_context *context, struct plora__mod
     PLORA_TRY(reserve_shards(context, files, map->unique_count));
     for (int32_t i = 0; i < map->unique_count; ++i) {
         char *path;
-        PLORA_TRY(join(context, directory, map->unique[i], &path));
+        PLORA_TRY(plora__join_path(context, directory, map->unique[i], &path));
         const plora_status status = open_shard(context, files, path);
         plora__free_string(context, path);
         PLORA_TRY(status);
@@ -175,8 +165,8 @@ static plora_status open_directory(plora_context *context, struct plora__model_f
 {
     char *single, *index;
     struct stat info;
-    PLORA_TRY(join(context, directory, "model.safetensors", &single));
-    plora_status status = join(context, directory, index_name, &index);
+    PLORA_TRY(plora__join_path(context, directory, "model.safetensors", &single));
+    plora_status status = plora__join_path(context, directory, index_name, &index);
     if (status != PLORA_OK) {
         plora__free_string(context, single);
         return status;
@@ -305,10 +295,11 @@ static plora_status save_opened(const plora_model *model, const char *path)
     }
     const size_t metadata_at = tensor_count * sizeof(struct plora__tensor);
     const size_t bytes = metadata_at + metadata_count * sizeof(struct plora__metadata);
+    if (bytes == 0) return plora__safetensors_write(model->context, path, NULL, 0, NULL, 0);
     void *memory;
     PLORA_TRY(plora__allocate(model->context, bytes, &memory));
     struct plora__tensor *tensors = memory;
-    struct plora__metadata *metadata = memory == NULL ? NULL : (struct plora__metadata *)((char *)memory + metadata_at);
+    struct plora__metadata *metadata = (struct plora__metadata *)((char *)memory + metadata_at);
     int32_t tensors_done = 0, metadata_done = 0;
     for (int32_t i = 0; i < files->shard_count; ++i) {
         const struct plora__safetensors *shard = &files->shards[i];
@@ -359,6 +350,7 @@ static void gather(struct gathered *all, const char *layer, const char *part, co
 static plora_status save_built(const plora_model *model, const char *path)
 {
     static const struct plora__metadata metadata = {"format", "pt"}; /* transformers asks for it */
+    if (model->layer_count == 0) return plora__safetensors_write(model->context, path, NULL, 0, &metadata, 1);
     const size_t count = 2 * (size_t)model->layer_count;
     const size_t shapes_at = count * sizeof(struct plora__tensor), names_at = shapes_at + count * sizeof(int64_t[2]);
     size_t bytes = names_at;
@@ -366,12 +358,11 @@ static plora_status save_built(const plora_model *model, const char *path)
         bytes += 2 * (strlen(model->layers[i].name) + sizeof ".weight");
     void *memory;
     PLORA_TRY(plora__allocate(model->context, bytes, &memory));
-    struct gathered all = {0};
-    if (memory != NULL) {
-        all.tensors = memory;
-        all.shapes = (int64_t(*)[2])((char *)memory + shapes_at);
-        all.names = (char *)memory + names_at;
-    }
+    struct gathered all = {
+        .tensors = memory,
+        .shapes = (int64_t(*)[2])((char *)memory + shapes_at),
+        .names = (char *)memory + names_at,
+    };
     for (int32_t i = 0; i < model->layer_count; ++i) {
         const struct plora__layer *layer = &model->layers[i];
         const plora_matrix *w = &model->weights[layer->weight].matrix;

@@ -19,16 +19,6 @@ static const char key_prefix[] = "base_model.model.";
 static const char *const key_suffixes[2] = {".lora_A.weight", ".lora_B.weight"};
 static const char config_name[] = "adapter_config.json", tensors_name[] = "adapter_model.safetensors";
 
-static plora_status join(plora_context *context, const char *directory, const char *name, char **path)
-{
-    const size_t bytes = strlen(directory) + strlen(name) + 2;
-    void *memory;
-    PLORA_TRY(plora__allocate(context, bytes, &memory));
-    snprintf(memory, bytes, "%s/%s", directory, name);
-    *path = memory;
-    return PLORA_OK;
-}
-
 /* -------------------------------------------------------------------------------------------------------------- saving */
 
 static int is_embedding(const char *name)
@@ -50,8 +40,9 @@ static plora_status name_adapter(const plora_adapters *adapters, int32_t index, 
         *name = model->layers[i].name;
         return PLORA_OK;
     }
-    return plora__fail(PLORA_ERROR_UNSUPPORTED, "layer '%s': the adapter of an embedding has no linear form in PEFT",
-                       model->layers[adapter->layer].name);
+    plora__fail(PLORA_ERROR_UNSUPPORTED, "layer '%s': the adapter of an embedding has no linear form in PEFT",
+                model->layers[adapter->layer].name);
+    return PLORA_ERROR_UNSUPPORTED;
 }
 
 /* What a save needs, in one allocation. */
@@ -122,8 +113,8 @@ plora_status plora_adapters_save(const plora_adapters *adapters, const char *dir
     plora_status status;
     PLORA_TRY_OUT(prepare_save(adapters, &save));
     PLORA_TRY_OUT(plora__peft_config_write(&text, adapters, save.names, save.order));
-    PLORA_TRY_OUT(join(context, directory, tensors_name, &tensors_path));
-    PLORA_TRY_OUT(join(context, directory, config_name, &config_path));
+    PLORA_TRY_OUT(plora__join_path(context, directory, tensors_name, &tensors_path));
+    PLORA_TRY_OUT(plora__join_path(context, directory, config_name, &config_path));
     if (mkdir(directory, 0777) != 0 && errno != EEXIST) {
         const int error = errno;
         char reason[128] = "unknown error";
@@ -290,8 +281,8 @@ static plora_status load_files(struct load *load, const char *directory, plora_a
     char *tensors_path = NULL, *config_path = NULL;
     const char *culprit = NULL; /* the file a message is about */
     plora_status status;
-    PLORA_TRY_OUT(join(context, directory, config_name, &config_path));
-    PLORA_TRY_OUT(join(context, directory, tensors_name, &tensors_path));
+    PLORA_TRY_OUT(plora__join_path(context, directory, config_name, &config_path));
+    PLORA_TRY_OUT(plora__join_path(context, directory, tensors_name, &tensors_path));
     PLORA_TRY_OUT(plora__file_map(context, config_path, &text));
     culprit = config_path;
     PLORA_TRY_OUT(plora__peft_config_read(context, (const char *)text.data, text.bytes, &load->config));

@@ -27,16 +27,16 @@ plora_status plora__match_targets(const plora_model *model, const char *list, co
         pattern += strspn(pattern, ", ");
         const size_t length = strcspn(pattern, ", ");
         if (length == 0) break;
-        PLORA_CHECK(length < PATTERN_BYTES_MAX, PLORA_ERROR_INVALID_ARGUMENT, "%s: a pattern of %zu bytes is too long", what,
-                    length);
+        PLORA_CHECK(length < PATTERN_BYTES_MAX, PLORA_ERROR_INVALID_ARGUMENT, "%s: a pattern of %zu bytes is too long",
+                    what, length);
         int32_t matched = 0;
         for (int32_t i = 0; i < model->layer_count; ++i)
             if (plora__pattern_matches(pattern, length, &model->layers[i])) {
                 chosen[i] = 1;
                 matched++;
             }
-        PLORA_CHECK(matched > 0, PLORA_ERROR_NOT_FOUND, "%s: pattern '%.*s' matches none of the model's %d layers", what,
-                    (int)length, pattern, model->layer_count);
+        PLORA_CHECK(matched > 0, PLORA_ERROR_NOT_FOUND, "%s: pattern '%.*s' matches none of the model's %d layers",
+                    what, (int)length, pattern, model->layer_count);
         pattern += length;
     }
     return PLORA_OK;

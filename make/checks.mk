@@ -39,8 +39,7 @@ ubsan:
 tsan:
 	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=1 $(SANITIZED) OPENMP= CFLAGS='-O1 -g -fsanitize=thread'
 # Valgrind 3.19 knows AVX2 but not AVX-512: cpu_isa() sees that in its CPUID; oneDNN must be told.
-VALGRIND = valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=99 \
-           --suppressions=tests/valgrind.supp
+VALGRIND = valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=99
 valgrind: | deps-valgrind
 	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=AVX2 $(SANITIZED) TEST_WRAPPER='$(VALGRIND)'
 

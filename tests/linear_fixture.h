@@ -224,7 +224,7 @@ static CHECK_UNUSED void fixture_check_forward(const struct linear_fixture *f, c
     reference_linear_forward(&f->linear, base, low);
     const int delta_only = (c->flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     for (int64_t i = 0; i < count; ++i)
-        fixture_output_bound(c, c->y_dtype, c->in_features, delta_only ? old_y[i] : 0.0,
+        fixture_output_bound(c, c->y_dtype, c->in_features, delta_only && old_y != NULL ? old_y[i] : 0.0,
                              delta_only ? (struct reference_sum){0, 0} : base[i], low[i], &want[i], &bound[i]);
     check_matrix_close(&f->y.m, want, bound, "y", f->text);
     check_matrix_guards(&f->y, f->text);

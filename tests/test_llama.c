@@ -32,8 +32,8 @@ static const char *data_path(const char *name, const char *file)
 {
     static char path[4096];
     const char *slash = strrchr(__FILE__, '/');
-    snprintf(path, sizeof path, "%.*s/data/tiny_llama_%s%s%s", slash ? (int)(slash - __FILE__) : 1, slash ? __FILE__ : ".",
-             name, *file ? "/" : "", file);
+    snprintf(path, sizeof path, "%.*s/data/tiny_llama_%s%s%s", slash ? (int)(slash - __FILE__) : 1,
+             slash ? __FILE__ : ".", name, *file ? "/" : "", file);
     return path;
 }
 
@@ -45,7 +45,8 @@ static double bound_of(int32_t dtype, double largest)
 }
 
 /* bf16_error: relative, in the Euclidean norm; < 0: compared element by element with bound_of(). */
-static void compare(const char *what, int32_t dtype, const float *got, const float *expected, int64_t count, double bf16_error)
+static void compare(const char *what, int32_t dtype, const float *got, const float *expected, int64_t count,
+                    double bf16_error)
 {
     double largest = 0, error = 0, squares = 0, norm = 0;
     for (int64_t i = 0; i < count; i++) {
@@ -101,7 +102,8 @@ static void make_batch(struct fixture *f)
         example->prompt = (int64_t)prompts[i];
         example->length = (int64_t)lengths[i] + 1;
         example->ids = calloc((size_t)example->length, sizeof *example->ids);
-        for (int64_t j = 0; j < example->length; j++) example->ids[j] = (int32_t)*ids++;
+        for (int64_t j = 0; j < example->length; j++)
+            example->ids[j] = (int32_t)*ids++;
     }
     OK(batch_fill(&f->batch, &set, indices, count));
     dataset_free(&set);
@@ -273,7 +275,8 @@ static void test_generate(void **state)
     open_fixture(&f, "untied", PLORA_F32, 2, 0);
     check_reseed(9);
     for (int i = 0; i < PROMPTS; i++) {
-        for (int j = 0; j < 70; j++) prompts[i][j] = (int32_t)check_integer(0, 60);
+        for (int j = 0; j < 70; j++)
+            prompts[i][j] = (int32_t)check_integer(0, 60);
         pointers[i] = prompts[i];
     }
     OK(llama_generate(f.llama, PROMPTS, pointers, lengths, MOST, -1, generated, made));
@@ -281,7 +284,8 @@ static void test_generate(void **state)
     for (int i = 0; i < PROMPTS; i++) {
         int32_t ids[80], positions[80];
         assert_int_equal(made[i], MOST);
-        for (int j = 0; j < 80; j++) positions[j] = j;
+        for (int j = 0; j < 80; j++)
+            positions[j] = j;
         memcpy(ids, prompts[i], (size_t)lengths[i] * sizeof *ids);
         memcpy(ids + lengths[i], generated + i * MOST, MOST * sizeof *ids);
         for (int j = 0; j < MOST; j++) {
@@ -290,7 +294,8 @@ static void test_generate(void **state)
             OK(llama_forward(f.llama, &batch, 0));
             OK(llama_logits(f.llama, &batch, logits));
             double top = -INFINITY;
-            for (int k = 0; k < 61; k++) top = fmax(top, (double)logits[k]);
+            for (int k = 0; k < 61; k++)
+                top = fmax(top, (double)logits[k]);
             assert_true(top - (double)logits[ids[lengths[i] + j]] <= bound_of(PLORA_F32, fabs(top))); /* or a tie */
         }
     }
@@ -325,7 +330,8 @@ static void write_examples(const char *path, int count, uint64_t salt)
     for (int i = 0; i < count; i++) {
         const int first = (int)(random_at(salt, (uint64_t)i) % 50), length = 3 + i % 5;
         fprintf(file, "{\"prompt\": [");
-        for (int j = 0; j < length; j++) fprintf(file, "%s%d", j ? ", " : "", (first + j) % 61);
+        for (int j = 0; j < length; j++)
+            fprintf(file, "%s%d", j ? ", " : "", (first + j) % 61);
         fprintf(file, "], \"completion\": [%d, %d, 2]}\n", (first + length) % 61, (first + length + 1) % 61);
     }
     assert_int_equal(fclose(file), 0);
@@ -333,13 +339,29 @@ static void write_examples(const char *path, int count, uint64_t salt)
 
 static int train(const char *output, int resume, sig_atomic_t stop, const char *const *more)
 {
-    const char *arguments[64] = {"finetune", "--model", NULL, "--train", in_scratch("train.jsonl"), "--heldout",
-                                 in_scratch("heldout.jsonl"), "--output", output, "--deterministic", "--threads", "2",
-                                 "--alpha", "8", "--targets", "all-linear", "--seed", "5"};
+    const char *arguments[64] = {"finetune",
+                                 "--model",
+                                 NULL,
+                                 "--train",
+                                 in_scratch("train.jsonl"),
+                                 "--heldout",
+                                 in_scratch("heldout.jsonl"),
+                                 "--output",
+                                 output,
+                                 "--deterministic",
+                                 "--threads",
+                                 "2",
+                                 "--alpha",
+                                 "8",
+                                 "--targets",
+                                 "all-linear",
+                                 "--seed",
+                                 "5"};
     char *model = strdup(data_path("tied", ""));
     int count = 18;
     arguments[2] = model;
-    for (; *more; more++) arguments[count++] = *more;
+    for (; *more; more++)
+        arguments[count++] = *more;
     if (resume) arguments[count++] = "--resume";
     struct options options;
     if (options_parse(count, (char **)(uintptr_t)arguments, &options) != 0) fail_msg("%s", failure());
@@ -355,7 +377,8 @@ static void assert_same_file(const char *one, const char *other, const char *nam
     size_t size[2];
     snprintf(path[0], sizeof path[0], "%s/%s", one, name);
     snprintf(path[1], sizeof path[1], "%s/%s", other, name);
-    for (int i = 0; i < 2; i++) OK(file_read(path[i], &text[i], &size[i]));
+    for (int i = 0; i < 2; i++)
+        OK(file_read(path[i], &text[i], &size[i]));
     assert_int_equal(size[0], size[1]);
     if (memcmp(text[0], text[1], size[0]) != 0) fail_msg("%s and %s differ", path[0], path[1]);
     free(text[0]);
@@ -386,7 +409,8 @@ static void resume_case(const char *name, const char *const *more, int steps)
     snprintf(pieces, sizeof pieces, "%s/%s_pieces", scratch, name);
     OK(train(whole, 0, 0, more));
     int result = train(pieces, 0, 1, more), runs = 1;
-    for (; result == TRAIN_STOPPED; runs++) result = train(pieces, 1, 1, more);
+    for (; result == TRAIN_STOPPED; runs++)
+        result = train(pieces, 1, 1, more);
     if (result != 0) fail_msg("%s", failure());
     assert_int_equal(runs, steps);
     assert_same_file(whole, pieces, "checkpoint.safetensors");
@@ -404,14 +428,37 @@ static void resume_case(const char *name, const char *const *more, int steps)
 static void test_resume(void **state)
 {
     (void)state;
-    static const char *const full[] = {"--method", "plora", "--period", "3", "--steps", "8", "--batch", "4", "--accumulate",
-                                       "2", "--dropout", "0.2", "--schedule", "cosine", "--warmup", "1", "--eval-every", "4",
-                                       "--rank", "2", "--dtype", "bf16", "--sample", "2", "--max-new-tokens", "4", NULL};
-    static const char *const part[] = {"--method", "plora", "--period", "2", "--momentum", "0.3", "--steps", "7", "--batch",
-                                       "3", "--schedule", "linear", "--rank", "1", "--lora-plus", "4", "--weight-decay",
-                                       "0.01", "--rslora", "--sample", "1", "--max-new-tokens", "3", NULL};
-    static const char *const plain[] = {"--steps", "5", "--batch", "2", "--clip", "0.5", "--sample", "1", "--max-new-tokens",
-                                        "2", NULL};
+    static const char *const full[] = {
+        "--method",         "plora", "--period",  "3",   "--steps",    "8",      "--batch",  "4",
+        "--accumulate",     "2",     "--dropout", "0.2", "--schedule", "cosine", "--warmup", "1",
+        "--eval-every",     "4",     "--rank",    "2",   "--dtype",    "bf16",   "--sample", "2",
+        "--max-new-tokens", "4",     NULL};
+    static const char *const part[] = {"--method",
+                                       "plora",
+                                       "--period",
+                                       "2",
+                                       "--momentum",
+                                       "0.3",
+                                       "--steps",
+                                       "7",
+                                       "--batch",
+                                       "3",
+                                       "--schedule",
+                                       "linear",
+                                       "--rank",
+                                       "1",
+                                       "--lora-plus",
+                                       "4",
+                                       "--weight-decay",
+                                       "0.01",
+                                       "--rslora",
+                                       "--sample",
+                                       "1",
+                                       "--max-new-tokens",
+                                       "3",
+                                       NULL};
+    static const char *const plain[] = {"--steps",  "5", "--batch",          "2", "--clip", "0.5",
+                                        "--sample", "1", "--max-new-tokens", "2", NULL};
     resume_case("full", full, 8);
     resume_case("part", part, 7);
     resume_case("plain", plain, 5);
@@ -439,8 +486,8 @@ static void test_loss_falls(void **state)
     static const char *const runs[][20] = {
         {"--steps", "60", "--batch", "8", "--lr", "2e-2", "--rank", "4", NULL},
         {"--steps", "60", "--batch", "8", "--lr", "2e-2", "--rank", "4", "--method", "plora", "--period", "20", NULL},
-        {"--steps", "60", "--batch", "8", "--lr", "2e-2", "--rank", "4", "--method", "plora", "--period", "5", "--momentum",
-         "0.2", NULL},
+        {"--steps", "60", "--batch", "8", "--lr", "2e-2", "--rank", "4", "--method", "plora", "--period", "5",
+         "--momentum", "0.2", NULL},
         {"--steps", "60", "--batch", "8", "--lr", "2e-2", "--rank", "4", "--dtype", "bf16", NULL}};
     for (int i = 0; i < CHECK_COUNT(runs); i++) {
         const char *output = in_scratch("falls");
@@ -466,10 +513,19 @@ static void test_export(void **state)
     char model[512];
     snprintf(model, sizeof model, "%s/model", output);
     struct options options;
-    const char *arguments[32] = {"finetune", "--model", model, "--train", in_scratch("train.jsonl"), "--heldout",
-                                 in_scratch("heldout.jsonl"), "--output", again, "--no-save-model"};
+    const char *arguments[32] = {"finetune",
+                                 "--model",
+                                 model,
+                                 "--train",
+                                 in_scratch("train.jsonl"),
+                                 "--heldout",
+                                 in_scratch("heldout.jsonl"),
+                                 "--output",
+                                 again,
+                                 "--no-save-model"};
     int count = 10;
-    for (const char *const *argument = none; *argument; argument++) arguments[count++] = *argument;
+    for (const char *const *argument = none; *argument; argument++)
+        arguments[count++] = *argument;
     OK(options_parse(count, (char **)(uintptr_t)arguments, &options));
     const volatile sig_atomic_t stop = 0;
     OK(train_run(&options, &stop));
@@ -485,7 +541,8 @@ static void refused(const char *expected, const char *const *arguments)
 {
     struct options options;
     int count = 0;
-    while (arguments[count]) count++;
+    while (arguments[count])
+        count++;
     assert_int_equal(options_parse(count, (char **)(uintptr_t)arguments, &options), -1);
     if (!strstr(failure(), expected)) fail_msg("'%s' does not say '%s'", failure(), expected);
 }
@@ -501,10 +558,11 @@ static void test_options_are_checked(void **state)
     refused("--dtype 'fp64': must be one of fp32|bf16", (const char *const[]){"finetune", "--dtype", "fp64", NULL});
     refused("--steps needs a value", (const char *const[]){"finetune", "--steps", NULL});
     refused("--resume takes no value", (const char *const[]){"finetune", "--resume=1", NULL});
-    refused("needs --period", (const char *const[]){"finetune", "--model", "m", "--train", "t", "--output", "o", "--method",
-                                                    "plora", NULL});
-    refused("no multiple of --accumulate 3", (const char *const[]){"finetune", "--model", "m", "--train", "t", "--output",
-                                                                   "o", "--batch", "4", "--accumulate", "3", NULL});
+    refused("needs --period", (const char *const[]){"finetune", "--model", "m", "--train", "t", "--output", "o",
+                                                    "--method", "plora", NULL});
+    refused("no multiple of --accumulate 3",
+            (const char *const[]){"finetune", "--model", "m", "--train", "t", "--output", "o", "--batch", "4",
+                                  "--accumulate", "3", NULL});
 }
 
 static void test_data_is_checked(void **state)
@@ -512,14 +570,15 @@ static void test_data_is_checked(void **state)
     (void)state;
     static const struct {
         const char *text, *expected;
-    } cases[] = {{"", "holds no examples"},
-                 {"{\"prompt\": [1], \"completion\": [2]}\n{\"prompt\": [1]\n", "line 2: not valid JSON"},
-                 {"{\"prompt\": [1]}", "line 1: not an object with the lists"},
-                 {"{\"prompt\": [1, 61], \"completion\": [2]}", "'prompt' holds something that is no token id in [0, 61)"},
-                 {"{\"prompt\": [1], \"completion\": [-1]}", "'completion' holds something"},
-                 {"{\"prompt\": [1], \"completion\": [1.5]}", "'completion' holds something"},
-                 {"{\"prompt\": [1, 2], \"completion\": []}", "nothing to predict"},
-                 {"{\"prompt\": [1, 2, 3], \"completion\": [4, 5, 6]}", "6 tokens are more than the model's 4 positions"}};
+    } cases[] = {
+        {"", "holds no examples"},
+        {"{\"prompt\": [1], \"completion\": [2]}\n{\"prompt\": [1]\n", "line 2: not valid JSON"},
+        {"{\"prompt\": [1]}", "line 1: not an object with the lists"},
+        {"{\"prompt\": [1, 61], \"completion\": [2]}", "'prompt' holds something that is no token id in [0, 61)"},
+        {"{\"prompt\": [1], \"completion\": [-1]}", "'completion' holds something"},
+        {"{\"prompt\": [1], \"completion\": [1.5]}", "'completion' holds something"},
+        {"{\"prompt\": [1, 2], \"completion\": []}", "nothing to predict"},
+        {"{\"prompt\": [1, 2, 3], \"completion\": [4, 5, 6]}", "6 tokens are more than the model's 4 positions"}};
     for (int i = 0; i < CHECK_COUNT(cases); i++) {
         struct dataset set;
         write_text(in_scratch("bad.jsonl"), cases[i].text);
@@ -532,7 +591,7 @@ static void test_configuration_is_checked(void **state)
 {
     (void)state;
 #define SIZES                                                                                                          \
-    "\"hidden_size\": 8, \"num_hidden_layers\": 1, \"num_attention_heads\": 2, \"intermediate_size\": 8, "              \
+    "\"hidden_size\": 8, \"num_hidden_layers\": 1, \"num_attention_heads\": 2, \"intermediate_size\": 8, "             \
     "\"vocab_size\": 9"
 #define LLAMA "{\"architectures\": [\"LlamaForCausalLM\"], "
     static const struct {
@@ -585,13 +644,18 @@ static int remove_entry(const char *path, const struct stat *status, int type, s
 
 int main(void)
 {
-    static const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_against_transformers),     cmocka_unit_test(test_finite_differences),
-        cmocka_unit_test(test_threads_give_same_bits),   cmocka_unit_test(test_generate),
-        cmocka_unit_test(test_resume),                   cmocka_unit_test(test_resume_refuses_other_options),
-        cmocka_unit_test(test_loss_falls),               cmocka_unit_test(test_export),
-        cmocka_unit_test(test_options_are_checked),      cmocka_unit_test(test_data_is_checked),
-        cmocka_unit_test(test_configuration_is_checked), cmocka_unit_test(test_output_that_cannot_be_written)};
+    static const struct CMUnitTest tests[] = {cmocka_unit_test(test_against_transformers),
+                                              cmocka_unit_test(test_finite_differences),
+                                              cmocka_unit_test(test_threads_give_same_bits),
+                                              cmocka_unit_test(test_generate),
+                                              cmocka_unit_test(test_resume),
+                                              cmocka_unit_test(test_resume_refuses_other_options),
+                                              cmocka_unit_test(test_loss_falls),
+                                              cmocka_unit_test(test_export),
+                                              cmocka_unit_test(test_options_are_checked),
+                                              cmocka_unit_test(test_data_is_checked),
+                                              cmocka_unit_test(test_configuration_is_checked),
+                                              cmocka_unit_test(test_output_that_cannot_be_written)};
     check_begin("test_llama");
     if (!mkdtemp(scratch)) return 1;
     write_examples(in_scratch("train.jsonl"), 40, 1);

@@ -13,11 +13,11 @@
 /* The products of one head, block by block: a b^T for scores and dP, a b for O and dQ, c += a^T b for dK and dV. */
 enum { SCORES, VALUES, GRADIENT, PRODUCTS };
 
-struct scratch { /* of one thread */
-    float *s, *dp;     /* [64, capacity] */
-    void *p, *ds;      /* the same in the element type: s and dp themselves in fp32 */
-    float *dk, *dv;    /* [capacity, D] */
-    float *block;      /* [64, D] */
+struct scratch {    /* of one thread */
+    float *s, *dp;  /* [64, capacity] */
+    void *p, *ds;   /* the same in the element type: s and dp themselves in fp32 */
+    float *dk, *dv; /* [capacity, D] */
+    float *block;   /* [64, D] */
 };
 
 struct attention {
@@ -26,7 +26,7 @@ struct attention {
     float scale;
     int threads;
     const struct row_kernels *rows;
-    int64_t capacity; /* longest sequence, in blocks */
+    int64_t capacity;                      /* longest sequence, in blocks */
     struct product *(*products)[PRODUCTS]; /* [capacity] */
     struct scratch *scratch;               /* [threads] */
 };
@@ -72,7 +72,8 @@ void attention_destroy(struct attention *a)
     if (!a) return;
     scratch_free(a);
     for (int64_t i = 0; i < a->capacity; i++)
-        for (int j = 0; j < PRODUCTS; j++) product_destroy(a->products[i][j]);
+        for (int j = 0; j < PRODUCTS; j++)
+            product_destroy(a->products[i][j]);
     free(a->products);
     free(a->scratch);
     free(a);
@@ -115,7 +116,8 @@ static int products_make(struct attention *a, int64_t blocks, struct product **m
         [SCORES] = {block, keys, size, wide, narrow, keys, 0, 1, a->dtype, 0},
         [VALUES] = {block, size, keys, keys, narrow, size, 0, 0, a->dtype, 0},
         [GRADIENT] = {keys, size, block, keys, wide, size, 1, 0, a->dtype, 1}};
-    for (int j = 0; j < PRODUCTS; j++) TRY(product_create(&shapes[j], a->threads, &made[j]));
+    for (int j = 0; j < PRODUCTS; j++)
+        TRY(product_create(&shapes[j], a->threads, &made[j]));
     return 0;
 }
 
@@ -131,9 +133,11 @@ static int reserve(struct attention *a, int64_t sequences, const int64_t *starts
     if (!larger) return fault("out of memory: attention products for %lld tokens", (long long)longest);
     a->products = larger;
     for (int64_t i = had; i < blocks; i++)
-        for (int j = 0; j < PRODUCTS; j++) a->products[i][j] = NULL;
+        for (int j = 0; j < PRODUCTS; j++)
+            a->products[i][j] = NULL;
     a->capacity = blocks;
-    for (int64_t i = had; i < blocks; i++) TRY(products_make(a, i + 1, a->products[i]));
+    for (int64_t i = had; i < blocks; i++)
+        TRY(products_make(a, i + 1, a->products[i]));
     return scratch_make(a, blocks);
 }
 
@@ -185,7 +189,8 @@ int attention_forward(struct attention *a, int64_t sequences, const int64_t *sta
     for (int64_t task = 0; task < tasks; task++) {
         const int64_t i = task / a->kv_heads, kv_head = task % a->kv_heads;
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-            failed |= head_forward(a, omp_get_thread_num(), starts[i], starts[i + 1] - starts[i], head, q, k, v, o, lse);
+            failed |=
+                head_forward(a, omp_get_thread_num(), starts[i], starts[i + 1] - starts[i], head, q, k, v, o, lse);
     }
     return failed ? fault("oneDNN failed in the attention's forward") : 0;
 }
@@ -245,7 +250,8 @@ int attention_backward(struct attention *a, int64_t sequences, const int64_t *st
         const int thread = omp_get_thread_num();
         struct scratch *s = &a->scratch[thread];
         const int64_t padded = (length + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK * ATTENTION_BLOCK * size;
-        for (int64_t j = 0; j < padded; j++) s->dk[j] = s->dv[j] = 0.0f;
+        for (int64_t j = 0; j < padded; j++)
+            s->dk[j] = s->dv[j] = 0.0f;
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
             failed |= head_backward(a, thread, start, length, head, &g);
         for (int64_t j = 0; j < length; j++) {

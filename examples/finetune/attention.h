@@ -21,11 +21,11 @@ int attention_create(int32_t dtype, int64_t heads, int64_t kv_heads, int64_t hea
 void attention_destroy(struct attention *attention);
 
 /* starts[0 .. sequences]: first token of each sequence, then T. */
-int attention_forward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q, const void *k,
-                      const void *v, void *o, float *lse);
+int attention_forward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q,
+                      const void *k, const void *v, void *o, float *lse);
 /* cosine, sine[position, D / 2] turn dq and dk back, to before the rotary embedding. */
-int attention_backward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q, const void *k,
-                       const void *v, const void *o, const float *lse, const void *d_o, const float *cosine,
-                       const float *sine, void *dq, void *dk, void *dv);
+int attention_backward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q,
+                       const void *k, const void *v, const void *o, const float *lse, const void *d_o,
+                       const float *cosine, const float *sine, void *dq, void *dk, void *dv);
 
 #endif

@@ -65,7 +65,7 @@ static int open_all(struct bench *bench)
     const struct llama_config *config = llama_configuration(bench->llama);
     if (o->bench_tokens > config->max_positions)
         return fault("--bench-tokens %lld: the model has %lld positions", (long long)o->bench_tokens,
-                    (long long)config->max_positions);
+                     (long long)config->max_positions);
     TRY(create_adapters(bench));
     optimizer.learning_rate = o->lr;
     optimizer.max_gradient_norm = o->clip;

@@ -51,7 +51,8 @@ static int read_architecture(const cJSON *root)
     const cJSON *list = present(root, "architectures"), *first = cJSON_GetArrayItem(list, 0);
     const char *name = cJSON_IsString(first) ? first->valuestring : NULL;
     if (!name || strcmp(name, "LlamaForCausalLM") != 0)
-        return fault("config.json: architecture '%s' is not supported: only LlamaForCausalLM is", name ? name : "(none)");
+        return fault("config.json: architecture '%s' is not supported: only LlamaForCausalLM is",
+                     name ? name : "(none)");
     const cJSON *activation = present(root, "hidden_act");
     if (activation && (!cJSON_IsString(activation) || strcmp(activation->valuestring, "silu") != 0))
         return fault("config.json: hidden_act is not supported: only 'silu' is");
@@ -75,12 +76,13 @@ static int read_rope(const cJSON *root, struct llama_config *config)
     if (!type || (cJSON_IsString(type) && strcmp(type->valuestring, "default") == 0)) return 0;
     if (!cJSON_IsString(type) || strcmp(type->valuestring, "llama3") != 0)
         return fault("config.json: rope_scaling of type '%s' is not supported: only 'default' and 'llama3' are",
-                    cJSON_IsString(type) ? type->valuestring : "?");
+                     cJSON_IsString(type) ? type->valuestring : "?");
     TRY(read_positive(scaling, "factor", 0, &config->rope_factor));
     TRY(read_positive(scaling, "low_freq_factor", 0, &config->rope_low));
     TRY(read_positive(scaling, "high_freq_factor", 0, &config->rope_high));
     TRY(read_positive(scaling, "original_max_position_embeddings", 0, &config->rope_original));
-    return config->rope_high > config->rope_low ? 0 : fault("config.json: high_freq_factor must exceed low_freq_factor");
+    return config->rope_high > config->rope_low ? 0
+                                                : fault("config.json: high_freq_factor must exceed low_freq_factor");
 }
 
 static int read_all(const cJSON *root, struct llama_config *config)
@@ -97,8 +99,8 @@ static int read_all(const cJSON *root, struct llama_config *config)
     if (config->head_size < 1 || config->head_size % 2 != 0)
         return fault("config.json: head size %lld must be even and > 0", (long long)config->head_size);
     if (config->heads % config->kv_heads != 0)
-        return fault("config.json: %lld attention heads are no multiple of %lld key-value heads", (long long)config->heads,
-                    (long long)config->kv_heads);
+        return fault("config.json: %lld attention heads are no multiple of %lld key-value heads",
+                     (long long)config->heads, (long long)config->kv_heads);
     TRY(read_positive(root, "rms_norm_eps", 1e-6, &config->epsilon));
     TRY(read_flag(root, "tie_word_embeddings", &config->tied));
     TRY(read_flag(root, "attention_bias", &config->attention_bias));

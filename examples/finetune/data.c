@@ -7,15 +7,16 @@
 
 #include "util.h"
 
-static int read_ids(const cJSON *list, const char *path, int64_t line, const char *name, int64_t vocabulary, int32_t *ids)
+static int read_ids(const cJSON *list, const char *path, int64_t line, const char *name, int64_t vocabulary,
+                    int32_t *ids)
 {
     const cJSON *item;
     cJSON_ArrayForEach(item, list)
     {
         if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < (double)vocabulary) ||
             item->valuedouble != (double)(int64_t)item->valuedouble)
-            return fault("%s line %lld: '%s' holds something that is no token id in [0, %lld)", path, (long long)line, name,
-                        (long long)vocabulary);
+            return fault("%s line %lld: '%s' holds something that is no token id in [0, %lld)", path, (long long)line,
+                         name, (long long)vocabulary);
         *ids++ = (int32_t)item->valuedouble;
     }
     return 0;
@@ -31,11 +32,11 @@ static int read_example(const cJSON *root, const char *path, int64_t line, int64
     example->prompt = cJSON_GetArraySize(prompt);
     example->length = example->prompt + cJSON_GetArraySize(completion);
     if (example->length < 2 || example->length == example->prompt)
-        return fault("%s line %lld: nothing to predict in %lld prompt and %lld completion tokens", path, (long long)line,
-                    (long long)example->prompt, (long long)(example->length - example->prompt));
+        return fault("%s line %lld: nothing to predict in %lld prompt and %lld completion tokens", path,
+                     (long long)line, (long long)example->prompt, (long long)(example->length - example->prompt));
     if (example->length > max_positions + 1)
         return fault("%s line %lld: %lld tokens are more than the model's %lld positions", path, (long long)line,
-                    (long long)example->length, (long long)max_positions);
+                     (long long)example->length, (long long)max_positions);
     TRY(memory_allocate((size_t)example->length, sizeof *example->ids, "token ids", &example->ids));
     TRY(read_ids(prompt, path, line, "prompt", vocabulary, example->ids));
     return read_ids(completion, path, line, "completion", vocabulary, example->ids + example->prompt);
@@ -60,7 +61,8 @@ static int read_line(struct dataset *set, const char *text, const char *path, in
 static int read_lines(struct dataset *set, char *text, const char *path, int64_t vocabulary, int64_t max_positions)
 {
     size_t lines = 1;
-    for (const char *c = text; *c; c++) lines += *c == '\n';
+    for (const char *c = text; *c; c++)
+        lines += *c == '\n';
     TRY(memory_allocate(lines, sizeof *set->examples, "examples", &set->examples));
     int64_t number = 0;
     for (char *line = text; line;) {
@@ -88,7 +90,8 @@ int dataset_read(const char *path, int64_t vocabulary, int64_t max_positions, st
 
 void dataset_free(struct dataset *set)
 {
-    for (int64_t i = 0; i < set->count; i++) free(set->examples[i].ids);
+    for (int64_t i = 0; i < set->count; i++)
+        free(set->examples[i].ids);
     free(set->examples);
     *set = (struct dataset){0};
 }
@@ -107,7 +110,8 @@ static int batch_make(struct batch *batch, int64_t sequences, int64_t tokens, in
 int batch_fill(struct batch *batch, const struct dataset *set, const int64_t *indices, int64_t count)
 {
     int64_t tokens = 0;
-    for (int64_t i = 0; i < count; i++) tokens += set->examples[indices[i]].length - 1;
+    for (int64_t i = 0; i < count; i++)
+        tokens += set->examples[indices[i]].length - 1;
     TRY(batch_make(batch, count, tokens, tokens));
     for (int64_t i = 0; i < count; i++) {
         const struct example *example = &set->examples[indices[i]];
@@ -136,7 +140,8 @@ int batch_random(int64_t count, int64_t length, int64_t vocabulary, uint64_t see
         batch->positions[i] = (int32_t)(i % length);
         batch->rows[i] = i;
     }
-    for (int64_t i = 0; i <= count; i++) batch->starts[i] = i * length;
+    for (int64_t i = 0; i <= count; i++)
+        batch->starts[i] = i * length;
     batch->sequences = count;
     batch->tokens = batch->losses = tokens;
     return 0;
@@ -163,7 +168,8 @@ int64_t order_at(struct order *order, int64_t place)
     const int64_t epoch = place / order->count;
     if (epoch != order->epoch) {
         const uint64_t key = random_at(order->seed, (uint64_t)epoch);
-        for (int64_t i = 0; i < order->count; i++) order->permutation[i] = i;
+        for (int64_t i = 0; i < order->count; i++)
+            order->permutation[i] = i;
         for (int64_t i = order->count - 1; i > 0; i--) {
             const int64_t j = (int64_t)(random_at(key, (uint64_t)i) % (uint64_t)(i + 1)), other = order->permutation[j];
             order->permutation[j] = order->permutation[i];

@@ -67,8 +67,8 @@ static void attend(const struct llama *llama, const struct cache *cache, int64_t
     for (int64_t i = 0; i < length; i++) {
         const float weight = expf(scores[i] - top);
         total += weight;
-        llama->rows->add_scaled(size, row(llama, place(llama, cache, cache->values, layer, prompt, i), kv_head, size), weight,
-                                sum);
+        llama->rows->add_scaled(size, row(llama, place(llama, cache, cache->values, layer, prompt, i), kv_head, size),
+                                weight, sum);
     }
     llama->rows->scale_out(size, sum, 1.0f / total, o);
 }
@@ -86,8 +86,10 @@ static int step_layer(struct llama *llama, struct cache *cache, const struct bat
     llama_rotate(llama, count, batch->positions, s->q, s->k);
     const size_t bytes = (size_t)cache->narrow * element_size(llama->dtype);
     for (int64_t i = 0; i < count; i++) {
-        memcpy(place(llama, cache, cache->keys, layer, i, batch->positions[i]), row(llama, s->k, i, cache->narrow), bytes);
-        memcpy(place(llama, cache, cache->values, layer, i, batch->positions[i]), row(llama, s->v, i, cache->narrow), bytes);
+        memcpy(place(llama, cache, cache->keys, layer, i, batch->positions[i]), row(llama, s->k, i, cache->narrow),
+               bytes);
+        memcpy(place(llama, cache, cache->values, layer, i, batch->positions[i]), row(llama, s->v, i, cache->narrow),
+               bytes);
     }
 #pragma omp parallel for schedule(static) num_threads(llama->threads)
     for (int64_t task = 0; task < count * c->heads; task++) {
@@ -139,7 +141,8 @@ static int step(struct llama *llama, struct cache *cache, struct batch *batch, f
     void *x = llama_slot(llama, 0, 0)->x;
     llama_embed(llama, cache->prompts, batch->ids, cache->prompts, x);
     llama_norm(llama, cache->prompts, x, NULL, NULL, llama->layers[0].attention_norm, llama->normal);
-    for (int64_t i = 0; i < llama->config.layers; i++) TRY(step_layer(llama, cache, batch, i));
+    for (int64_t i = 0; i < llama->config.layers; i++)
+        TRY(step_layer(llama, cache, batch, i));
     TRY(llama_logits(llama, batch, logits));
     for (int64_t i = 0; i < cache->prompts; i++) {
         batch->ids[i] = largest(logits + i * width, width);
@@ -163,8 +166,10 @@ static int run_make(const struct llama *llama, int64_t count, int64_t longest, i
     TRY(memory_allocate((size_t)count, sizeof(int64_t), "rows", &run->batch.rows));
     TRY(memory_allocate((size_t)longest, sizeof(int32_t), "positions", &run->positions));
     TRY(memory_allocate((size_t)(count * llama->config.vocabulary), sizeof(float), "logits", &run->logits));
-    for (int64_t i = 0; i < count; i++) run->batch.rows[i] = i;
-    for (int64_t i = 0; i < longest; i++) run->positions[i] = (int32_t)i;
+    for (int64_t i = 0; i < count; i++)
+        run->batch.rows[i] = i;
+    for (int64_t i = 0; i < longest; i++)
+        run->positions[i] = (int32_t)i;
     run->batch.losses = run->batch.tokens = count;
     return 0;
 }
@@ -176,9 +181,13 @@ static int run_all(struct llama *llama, struct run *run, const int32_t *const *p
     struct batch *batch = &run->batch;
     for (int64_t i = 0; i < count; i++) {
         int64_t starts[2] = {0, prompt_lengths[i]}, last = prompt_lengths[i] - 1;
-        const struct batch prompt = {.tokens = prompt_lengths[i], .sequences = 1, .losses = 1,
-                                     .ids = (int32_t *)(uintptr_t)prompts[i], .positions = run->positions,
-                                     .starts = starts, .rows = &last};
+        const struct batch prompt = {.tokens = prompt_lengths[i],
+                                     .sequences = 1,
+                                     .losses = 1,
+                                     .ids = (int32_t *)(uintptr_t)prompts[i],
+                                     .positions = run->positions,
+                                     .starts = starts,
+                                     .rows = &last};
         TRY(prefill(llama, &run->cache, i, &prompt, run->logits, &batch->ids[i]));
         batch->positions[i] = (int32_t)prompt_lengths[i];
         lengths[i] = -1; /* still going on */
@@ -208,8 +217,8 @@ int llama_generate(struct llama *llama, int64_t count, const int32_t *const *pro
     }
     const int64_t positions = longest + most;
     if (positions > llama->config.max_positions)
-        return fault("%lld prompt and %lld new tokens exceed the model's %lld positions", (long long)longest, (long long)most,
-                    (long long)llama->config.max_positions);
+        return fault("%lld prompt and %lld new tokens exceed the model's %lld positions", (long long)longest,
+                     (long long)most, (long long)llama->config.max_positions);
     TRY(llama_prepare(llama, llama->adapters, longest > count ? longest : count, 0));
     TRY(llama_rope_tables(llama, positions));
     struct run run = {0};

@@ -14,7 +14,8 @@ static int chunk_logits(struct llama *llama, const int64_t *rows, int64_t count,
 {
     const int64_t width = llama->config.hidden;
     for (int64_t i = 0; i < count; i++)
-        memcpy(row(llama, llama->head_x, i), row(llama, llama->final, rows[i]), (size_t)width * element_size(llama->dtype));
+        memcpy(row(llama, llama->head_x, i), row(llama, llama->final, rows[i]),
+               (size_t)width * element_size(llama->dtype));
     llama->rows->rms_forward(count, width, (float)llama->config.epsilon, llama->head_x, NULL, NULL, llama->final_norm,
                              llama->head_normal);
     const plora_matrix x = llama_matrix(llama, llama->head_normal, count, width);
@@ -32,8 +33,8 @@ static int chunk_backward(struct llama *llama, const int64_t *rows, int64_t coun
     const plora_matrix dx = llama_matrix(llama, llama->head_d, count, width);
     LIBRARY(plora_linear_backward(llama->adapters, llama->head, &x, &dy, &dx, 0, NULL));
     for (int64_t i = 0; i < count; i++)
-        llama->rows->rms_backward(1, width, (float)llama->config.epsilon, row(llama, llama->head_x, i), llama->final_norm,
-                                  row(llama, llama->head_d, i), row(llama, llama->dx, rows[i]));
+        llama->rows->rms_backward(1, width, (float)llama->config.epsilon, row(llama, llama->head_x, i),
+                                  llama->final_norm, row(llama, llama->head_d, i), row(llama, llama->dx, rows[i]));
     return 0;
 }
 
@@ -42,7 +43,7 @@ int llama_loss(struct llama *llama, const struct batch *batch, int train, double
     const double begin = now();
     const int64_t width = llama->config.vocabulary, size = (int64_t)element_size(llama->dtype);
     const int64_t padded = (batch->tokens + TOKEN_MULTIPLE - 1) / TOKEN_MULTIPLE * TOKEN_MULTIPLE;
-    double losses[128];
+    double losses[LOGIT_ROWS];
     *loss = 0;
     if (train) memset(llama->dx, 0, (size_t)(padded * llama->config.hidden * size));
     for (int64_t first = 0; first < batch->losses; first += llama->chunk) {
@@ -50,9 +51,11 @@ int llama_loss(struct llama *llama, const struct batch *batch, int train, double
         TRY(chunk_logits(llama, batch->rows + first, count, llama->logits));
 #pragma omp parallel for schedule(static) num_threads(llama->threads)
         for (int64_t i = 0; i < count; i++)
-            losses[i] = llama->rows->cross_entropy(width, llama->logits + i * width, batch->targets[first + i], (float)factor,
-                                                   train ? (char *)llama->d_logits + i * width * size : NULL);
-        for (int64_t i = 0; i < count; i++) *loss += losses[i]; /* in order: the same bits for any number of threads */
+            losses[i] =
+                llama->rows->cross_entropy(width, llama->logits + i * width, batch->targets[first + i], (float)factor,
+                                           train ? (char *)llama->d_logits + i * width * size : NULL);
+        for (int64_t i = 0; i < count; i++)
+            *loss += losses[i]; /* in order: the same bits for any number of threads */
         if (train) TRY(chunk_backward(llama, batch->rows + first, count));
     }
     llama->profile[PHASE_HEAD] += now() - begin;

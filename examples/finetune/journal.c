@@ -55,8 +55,12 @@ static int cut_back(struct journal *journal, const char *path, int64_t resume_st
 
 int journal_open(const char *directory, int64_t steps, int64_t resume_step, struct journal *journal)
 {
-    *journal = (struct journal){.steps = steps, .heldout_before = NAN, .heldout_after = NAN, .begin = now(),
-                                .first_step = resume_step > 0 ? resume_step : 0, .terminal = isatty(STDERR_FILENO)};
+    *journal = (struct journal){.steps = steps,
+                                .heldout_before = NAN,
+                                .heldout_after = NAN,
+                                .begin = now(),
+                                .first_step = resume_step > 0 ? resume_step : 0,
+                                .terminal = isatty(STDERR_FILENO)};
     journal->last_line = journal->begin;
     TRY(memory_allocate((size_t)steps, sizeof *journal->losses, "losses", &journal->losses));
     char *path = path_join(directory, "log.jsonl");
@@ -140,8 +144,9 @@ void journal_progress(struct journal *journal, const struct journal_step *step, 
     const double left =
         (time - journal->begin) / (double)(step->step - journal->first_step) * (double)(journal->steps - step->step);
     fprintf(stderr, "%sstep %lld/%lld  stage %lld  loss %.4f  lr %.2e  %.0f tokens/s  %lld:%02lld left%s",
-            journal->terminal ? "\r\033[K" : "", (long long)step->step, (long long)journal->steps, (long long)step->stage,
-            step->loss, step->lr, tokens_per_second, (long long)left / 60, (long long)left % 60, journal->terminal ? "" : "\n");
+            journal->terminal ? "\r\033[K" : "", (long long)step->step, (long long)journal->steps,
+            (long long)step->stage, step->loss, step->lr, tokens_per_second, (long long)left / 60, (long long)left % 60,
+            journal->terminal ? "" : "\n");
     fflush(stderr);
     journal->line_open = journal->terminal;
 }

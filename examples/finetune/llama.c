@@ -112,11 +112,13 @@ int llama_prepare(struct llama *llama, plora_adapters *adapters, int64_t tokens,
     llama->lse = NULL;
     if (llama->capacity < tokens) llama->capacity = tokens;
     if (llama->slots < slots) llama->slots = slots;
-    const int64_t logits = (32 << 20) / 4 / c->vocabulary / 16 * 16; /* chunks of about 32 MB */
-    llama->chunk = logits < 16 ? 16 : logits > 128 ? 128 : logits;
+    const int64_t logits = (64 << 20) / 4 / c->vocabulary / 16 * 16; /* chunks of at most about 64 MB */
+    llama->chunk = logits < 16 ? 16 : logits > LOGIT_ROWS ? LOGIT_ROWS : logits;
     TRY(memory_allocate((size_t)llama->slots, sizeof *llama->slot, "activations", &llama->slot));
-    TRY(memory_allocate((size_t)(llama->slots * llama->capacity * c->heads), sizeof(float), "softmax sums", &llama->lse));
-    for (int64_t i = 0; i < llama->slots; i++) llama->slot[i].lse = llama->lse + i * llama->capacity * c->heads;
+    TRY(memory_allocate((size_t)(llama->slots * llama->capacity * c->heads), sizeof(float), "softmax sums",
+                        &llama->lse));
+    for (int64_t i = 0; i < llama->slots; i++)
+        llama->slot[i].lse = llama->lse + i * llama->capacity * c->heads;
     llama->arena_bytes = lay_out(llama);
     TRY(memory_map(llama->arena_bytes, "activations", &llama->arena));
     lay_out(llama);
@@ -206,7 +208,8 @@ static void gate_backward(struct llama *llama, int64_t count, void *gate, void *
     const int64_t width = llama->config.intermediate;
 #pragma omp parallel for schedule(static) num_threads(llama->threads)
     for (int64_t i = 0; i < count; i++)
-        llama->rows->gate_backward(width, row(llama, gate, i, width), row(llama, up, i, width), row(llama, dh, i, width));
+        llama->rows->gate_backward(width, row(llama, gate, i, width), row(llama, up, i, width),
+                                   row(llama, dh, i, width));
     llama->profile[PHASE_ROWS] += now() - begin;
 }
 
@@ -229,7 +232,8 @@ void llama_embed(struct llama *llama, int64_t rows, const int32_t *ids, int64_t 
 {
     const int64_t width = llama->config.hidden;
     for (int64_t i = 0; i < rows; i++)
-        memcpy(row(llama, x, i, width), row(llama, llama->embedding.data, i < count ? ids[i] : 0, llama->embedding.stride),
+        memcpy(row(llama, x, i, width),
+               row(llama, llama->embedding.data, i < count ? ids[i] : 0, llama->embedding.stride),
                (size_t)width * element_size(llama->dtype));
 }
 
@@ -300,7 +304,8 @@ static int mlp_backward(struct llama *llama, int64_t layer, int64_t rows, uint32
     gate_backward(llama, rows, s->gate, s->up, llama->d_hidden); /* now dgate and dup */
     llama_norm(llama, rows, s->middle, NULL, NULL, w->mlp_norm, llama->normal);
     TRY(linear_backward(llama, layer, GATE, rows, llama->normal, s->gate, llama->d_normal, flags));
-    TRY(linear_backward(llama, layer, UP, rows, llama->normal, s->up, llama->d_normal, flags | PLORA_LINEAR_ACCUMULATE));
+    TRY(linear_backward(llama, layer, UP, rows, llama->normal, s->up, llama->d_normal,
+                        flags | PLORA_LINEAR_ACCUMULATE));
     norm_backward(llama, rows, s->middle, w->mlp_norm, llama->d_normal, llama->dx);
     return 0;
 }

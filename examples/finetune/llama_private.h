@@ -10,6 +10,9 @@
 enum { Q, K, V, O, GATE, UP, DOWN, LINEARS };
 enum { ROW_BLOCK = 16 }; /* rows of one piece of element-wise work */
 
+/* Rows of logits at a time, at most. Fewer would make each product read the whole vocabulary for too little work. */
+enum { LOGIT_ROWS = 256 };
+
 /* Rows of a batch are rounded up to this, so that the products meet few shapes. The rows added have zero gradients. */
 enum { TOKEN_MULTIPLE = 32 };
 
@@ -36,8 +39,8 @@ struct llama {
     float *norms; /* all of them, in fp32 */
     float *final_norm;
     plora_matrix embedding;
-    int32_t head;      /* layer of the logits: lm_head or the tied embedding */
-    int converted;     /* weights live in `weights`, not in mapped files */
+    int32_t head;  /* layer of the logits: lm_head or the tied embedding */
+    int converted; /* weights live in `weights`, not in mapped files */
     void *weights;
     size_t weights_bytes;
     float *cosine, *sine; /* [positions, D / 2] */
@@ -49,9 +52,9 @@ struct llama {
     size_t arena_bytes;
     float *lse;
     struct slot *slot;
-    void *final; /* x after the last layer */
+    void *final;                                      /* x after the last layer */
     void *normal, *hidden, *d_hidden, *dx, *d_normal; /* scratch: [T,d] [T,I] [T,I] [T,d] [T,d] */
-    int64_t chunk; /* rows of logits at a time */
+    int64_t chunk;                                    /* rows of logits at a time */
     float *logits;
     void *d_logits, *head_x, *head_normal, *head_d;
     double profile[PHASES];

@@ -38,7 +38,8 @@ static const struct option OPTIONS[] = {
     {"schedule", CHOICE, AT(schedule), 0, 0, "constant|linear|cosine|relora", 1, "of the learning rate"},
     {"warmup", INTEGER, AT(warmup), 0, HUGE_COUNT, NULL, 1, "steps of warm-up"},
     {"rewarmup", INTEGER, AT(rewarmup), 0, HUGE_COUNT, NULL, 1, "relora: steps of warm-up after an unload"},
-    {"final-ratio", NUMBER, AT(final_ratio), 0, 1, NULL, 1, "linear, cosine, relora: last learning rate over the first"},
+    {"final-ratio", NUMBER, AT(final_ratio), 0, 1, NULL, 1,
+     "linear, cosine, relora: last learning rate over the first"},
     {"steps", INTEGER, AT(steps), 1, HUGE_COUNT, NULL, 0, "optimizer steps"},
     {"batch", INTEGER, AT(batch), 1, 1e6, NULL, 1, "examples per optimizer step"},
     {"accumulate", INTEGER, AT(accumulate), 1, 1e6, NULL, 1, "micro-batches that a batch is cut into"},
@@ -54,11 +55,13 @@ static const struct option OPTIONS[] = {
     {"dtype", CHOICE, AT(dtype), 0, 0, "fp32|bf16", 1, "of backbone and activations; adapters are fp32"},
     {"threads", INTEGER, AT(threads), 0, 4096, NULL, 0, "0 = as OpenMP chooses"},
     {"deterministic", FLAG, AT(deterministic), 0, 0, NULL, 1, "the same bits for any number of threads"},
-    {"eval-every", INTEGER, AT(eval_every), 0, HUGE_COUNT, NULL, 0, "held-out loss every N steps; 0 = before and after"},
+    {"eval-every", INTEGER, AT(eval_every), 0, HUGE_COUNT, NULL, 0,
+     "held-out loss every N steps; 0 = before and after"},
     {"heldout-examples", INTEGER, AT(heldout_examples), 0, HUGE_COUNT, NULL, 1, "use the first N only; 0 = all"},
     {"checkpoint-every", INTEGER, AT(checkpoint_every), 0, HUGE_COUNT, NULL, 0, "0 = at the end and on a signal"},
     {"resume", FLAG, AT(resume), 0, 0, NULL, 0, "go on from the checkpoint in --output"},
-    {"sample", INTEGER, AT(sample), 0, 1e6, NULL, 0, "greedy answers to the first N held-out prompts, before and after"},
+    {"sample", INTEGER, AT(sample), 0, 1e6, NULL, 0,
+     "greedy answers to the first N held-out prompts, before and after"},
     {"max-new-tokens", INTEGER, AT(max_new_tokens), 1, 1e6, NULL, 0, "of an answer"},
     {"eos", INTEGER, AT(eos), -1, 2147483647, NULL, 0, "ID of the token that ends an answer; -1 = config.json's"},
     {"no-save-model", FLAG, AT(no_save_model), 0, 0, NULL, 0, "do not write the merged model"},
@@ -70,9 +73,21 @@ static const struct option OPTIONS[] = {
 };
 enum { OPTION_COUNT = sizeof OPTIONS / sizeof *OPTIONS };
 
-static const struct options DEFAULTS = {
-    .method = METHOD_LORA, .rank = 8, .alpha = 16, .lr = 1e-3, .steps = 100, .batch = 4, .accumulate = 1, .momentum = 1,
-    .clip = 1, .lora_plus = 1, .rewarmup = 5, .max_new_tokens = 200, .eos = -1, .bench_tokens = 256, .targets = "all-linear"};
+static const struct options DEFAULTS = {.method = METHOD_LORA,
+                                        .rank = 8,
+                                        .alpha = 16,
+                                        .lr = 1e-3,
+                                        .steps = 100,
+                                        .batch = 4,
+                                        .accumulate = 1,
+                                        .momentum = 1,
+                                        .clip = 1,
+                                        .lora_plus = 1,
+                                        .rewarmup = 5,
+                                        .max_new_tokens = 200,
+                                        .eos = -1,
+                                        .bench_tokens = 256,
+                                        .targets = "all-linear"};
 
 static void *field(struct options *options, const struct option *option)
 {
@@ -117,8 +132,10 @@ static int set_value(struct options *options, const struct option *option, const
     }
     if (option->kind == INTEGER) {
         const long long number = strtoll(value, &end, 10);
-        if (*value == '\0' || *end != '\0' || errno || !((double)number >= option->least && (double)number <= option->most))
-            return fault("--%s '%s': must be an integer in [%.0f, %.0f]", option->name, value, option->least, option->most);
+        if (*value == '\0' || *end != '\0' || errno ||
+            !((double)number >= option->least && (double)number <= option->most))
+            return fault("--%s '%s': must be an integer in [%.0f, %.0f]", option->name, value, option->least,
+                         option->most);
         *(int64_t *)target = number;
         return 0;
     }
@@ -142,7 +159,7 @@ static int check(const struct options *options)
     if (options->method == METHOD_LORA && options->momentum != 1) return fault("--momentum belongs to --method plora");
     if (options->batch % options->accumulate != 0)
         return fault("--batch %lld is no multiple of --accumulate %lld", (long long)options->batch,
-                    (long long)options->accumulate);
+                     (long long)options->accumulate);
     if (options->sample > 0 && !options->heldout) return fault("--sample needs --heldout");
     return 0;
 }

@@ -20,8 +20,8 @@ struct product {
     int threads;
 };
 
-static dnnl_status_t make_primitive(struct product *p, dnnl_memory_desc_t *a, dnnl_memory_desc_t *b, dnnl_memory_desc_t *c,
-                                    int accumulate)
+static dnnl_status_t make_primitive(struct product *p, dnnl_memory_desc_t *a, dnnl_memory_desc_t *b,
+                                    dnnl_memory_desc_t *c, int accumulate)
 {
     dnnl_primitive_attr_t attributes = NULL;
     dnnl_post_ops_t operations = NULL;
@@ -57,13 +57,14 @@ static dnnl_status_t make(struct product *p, const struct product_shape *shape)
     dnnl_memory_desc_t a = NULL, b = NULL, c = NULL;
     dnnl_memory_desc_t *pa = &a, *pb = &b, *pc = &c;
 #define CREATE(d, rows, columns, stride, transposed, type)                                                             \
-    dnnl_memory_desc_create_with_strides(&(d), 2, (const dnnl_dims_t){rows, columns}, type,                           \
-                                         (const dnnl_dims_t){(transposed) ? 1 : (stride), (transposed) ? (stride) : 1})
+    dnnl_memory_desc_create_with_strides(                                                                              \
+        &(d), 2, (const dnnl_dims_t){rows, columns}, type,                                                             \
+        (const dnnl_dims_t){(transposed) ? 1 : (stride), (transposed) ? (stride) : 1})
 #else
     dnnl_memory_desc_t a, b, c;
     dnnl_memory_desc_t *pa = &a, *pb = &b, *pc = &c;
 #define CREATE(d, rows, columns, stride, transposed, type)                                                             \
-    dnnl_memory_desc_init_by_strides(&(d), 2, (const dnnl_dims_t){rows, columns}, type,                               \
+    dnnl_memory_desc_init_by_strides(&(d), 2, (const dnnl_dims_t){rows, columns}, type,                                \
                                      (const dnnl_dims_t){(transposed) ? 1 : (stride), (transposed) ? (stride) : 1})
 #endif
     const dnnl_data_type_t type = shape->dtype == PLORA_BF16 ? dnnl_bf16 : dnnl_f32;
@@ -111,7 +112,7 @@ int product_create(const struct product_shape *shape, int threads, struct produc
     if (status != dnnl_success) {
         product_destroy(p);
         return fault("oneDNN status %d for a product of %lld x %lld x %lld", (int)status, (long long)shape->m,
-                    (long long)shape->n, (long long)shape->k);
+                     (long long)shape->n, (long long)shape->k);
     }
     *product = p;
     return 0;

@@ -9,10 +9,20 @@
 #include "plora.h"
 
 /* Macros rather than functions: a function compiled for one target is not always inlined into another. */
-#define BF16_TO_FLOAT(h) (((union { uint32_t u; float f; }){.u = (uint32_t)(h) << 16}).f)
-#define FLOAT_BITS(x) (((union { float f; uint32_t u; }){.f = (x)}).u)
+#define BF16_TO_FLOAT(h)                                                                                               \
+    (((union {                                                                                                         \
+         uint32_t u;                                                                                                   \
+         float f;                                                                                                      \
+     }){.u = (uint32_t)(h) << 16})                                                                                     \
+         .f)
+#define FLOAT_BITS(x)                                                                                                  \
+    (((union {                                                                                                         \
+         float f;                                                                                                      \
+         uint32_t u;                                                                                                   \
+     }){.f = (x)})                                                                                                     \
+         .u)
 #define BITS_TO_BF16(u)                                                                                                \
-    ((uint16_t)(((u) & 0x7fffffffu) > 0x7f800000u ? ((u) >> 16) | 0x40u : ((u) + 0x7fffu + (((u) >> 16) & 1u)) >> 16))
+    ((uint16_t)(((u)&0x7fffffffu) > 0x7f800000u ? ((u) >> 16) | 0x40u : ((u) + 0x7fffu + (((u) >> 16) & 1u)) >> 16))
 
 #define F32_LOAD(p, i) ((p)[i])
 #define F32_STORE(p, i, v) ((p)[i] = (v))
@@ -83,7 +93,8 @@ const struct row_kernels *row_kernels_for(int32_t dtype)
 static float f16_to_float(uint16_t value)
 {
     const uint32_t sign = (uint32_t)(value & 0x8000u) << 16, exponent = (value >> 10) & 31u, mantissa = value & 0x3ffu;
-    const float magnitude = exponent == 0 ? (float)mantissa * 0x1p-24f : ldexpf((float)(1024u + mantissa), (int)exponent - 25);
+    const float magnitude =
+        exponent == 0 ? (float)mantissa * 0x1p-24f : ldexpf((float)(1024u + mantissa), (int)exponent - 25);
     if (exponent == 31) return BF16_TO_FLOAT((sign >> 16) | 0x7f80u | (mantissa ? 0x40u : 0u));
     return sign ? -magnitude : magnitude;
 }

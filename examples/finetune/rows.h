@@ -10,7 +10,8 @@
 struct row_kernels {
     void (*rms_forward)(int64_t rows, int64_t width, float epsilon, const void *x, const void *add, void *sum,
                         const float *w, void *y);
-    void (*rms_backward)(int64_t rows, int64_t width, float epsilon, const void *x, const float *w, const void *dy, void *dx);
+    void (*rms_backward)(int64_t rows, int64_t width, float epsilon, const void *x, const float *w, const void *dy,
+                         void *dx);
     void (*gate_forward)(int64_t count, const void *gate, const void *up, void *h);
     void (*gate_backward)(int64_t count, void *gate, void *up, const void *dh);
     void (*rotate)(int64_t heads, int64_t width, const float *cosine, const float *sine, float sign, void *x);

@@ -31,8 +31,8 @@ static inline float ROWS_NAME(exp)(float x)
 }
 
 /* sum = x + add (skipped when add is NULL), y = sum / rms(sum) * w. */
-static void ROWS_NAME(rms_forward)(int64_t rows, int64_t width, float epsilon, const void *x, const void *add, void *sum,
-                                   const float *w, void *y)
+static void ROWS_NAME(rms_forward)(int64_t rows, int64_t width, float epsilon, const void *x, const void *add,
+                                   void *sum, const float *w, void *y)
 {
     for (int64_t i = 0; i < rows; i++) {
         const ROWS_ELEMENT *in = (const ROWS_ELEMENT *)x + i * width;
@@ -49,13 +49,15 @@ static void ROWS_NAME(rms_forward)(int64_t rows, int64_t width, float epsilon, c
             in = out;
         } else {
 #pragma omp simd reduction(+ : squares)
-            for (int64_t j = 0; j < width; j++) squares += ROWS_LOAD(in, j) * ROWS_LOAD(in, j);
+            for (int64_t j = 0; j < width; j++)
+                squares += ROWS_LOAD(in, j) * ROWS_LOAD(in, j);
         }
         if (!y) continue;
         const float inverse = 1.0f / sqrtf(squares / (float)width + epsilon);
         ROWS_ELEMENT *normalised = (ROWS_ELEMENT *)y + i * width;
 #pragma omp simd
-        for (int64_t j = 0; j < width; j++) ROWS_STORE(normalised, j, ROWS_LOAD(in, j) * inverse * w[j]);
+        for (int64_t j = 0; j < width; j++)
+            ROWS_STORE(normalised, j, ROWS_LOAD(in, j) * inverse * w[j]);
     }
 }
 
@@ -127,7 +129,8 @@ static void ROWS_NAME(rotate)(int64_t heads, int64_t width, const float *cosine,
 }
 
 /* The same from one fp32 head into elements. */
-static void ROWS_NAME(rotate_out)(int64_t width, const float *cosine, const float *sine, float sign, const float *x, void *y)
+static void ROWS_NAME(rotate_out)(int64_t width, const float *cosine, const float *sine, float sign, const float *x,
+                                  void *y)
 {
     const int64_t half = width / 2;
     ROWS_ELEMENT *low = y, *high = low + half;
@@ -144,14 +147,16 @@ static void ROWS_NAME(scale_out)(int64_t count, const float *in, float factor, v
 {
     ROWS_ELEMENT *result = out;
 #pragma omp simd
-    for (int64_t j = 0; j < count; j++) ROWS_STORE(result, j, in[j] * factor);
+    for (int64_t j = 0; j < count; j++)
+        ROWS_STORE(result, j, in[j] * factor);
 }
 
 static void ROWS_NAME(widen)(int64_t count, const void *in, float *out)
 {
     const ROWS_ELEMENT *values = in;
 #pragma omp simd
-    for (int64_t j = 0; j < count; j++) out[j] = ROWS_LOAD(values, j);
+    for (int64_t j = 0; j < count; j++)
+        out[j] = ROWS_LOAD(values, j);
 }
 
 static float ROWS_NAME(dot)(int64_t count, const void *a, const void *b)
@@ -159,7 +164,8 @@ static float ROWS_NAME(dot)(int64_t count, const void *a, const void *b)
     const ROWS_ELEMENT *x = a, *y = b;
     float sum = 0.0f;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < count; j++) sum += ROWS_LOAD(x, j) * ROWS_LOAD(y, j);
+    for (int64_t j = 0; j < count; j++)
+        sum += ROWS_LOAD(x, j) * ROWS_LOAD(y, j);
     return sum;
 }
 
@@ -168,7 +174,8 @@ static void ROWS_NAME(add_scaled)(int64_t count, const void *row, float weight, 
 {
     const ROWS_ELEMENT *x = row;
 #pragma omp simd
-    for (int64_t j = 0; j < count; j++) sum[j] += weight * ROWS_LOAD(x, j);
+    for (int64_t j = 0; j < count; j++)
+        sum[j] += weight * ROWS_LOAD(x, j);
 }
 
 /* p[0..valid) = exp(scale (s - max s)), p[valid..count) = 0; returns the sum, *maximum = scale max s. p may be s. */
@@ -177,7 +184,8 @@ static float ROWS_NAME(softmax)(int64_t valid, int64_t count, float scale, const
     ROWS_ELEMENT *out = p;
     float top = s[0], sum = 0.0f;
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < valid; j++) top = s[j] > top ? s[j] : top;
+    for (int64_t j = 0; j < valid; j++)
+        top = s[j] > top ? s[j] : top;
     top *= scale;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < valid; j++) {
@@ -191,8 +199,8 @@ static float ROWS_NAME(softmax)(int64_t valid, int64_t count, float scale, const
 }
 
 /* p = exp(scale s - lse), ds = scale p (dp - delta); both 0 from `valid` on. p may be s, ds may be dp. */
-static void ROWS_NAME(softmax_backward)(int64_t valid, int64_t count, float scale, float lse, float delta, const float *s,
-                                        const float *dp, void *p, void *ds)
+static void ROWS_NAME(softmax_backward)(int64_t valid, int64_t count, float scale, float lse, float delta,
+                                        const float *s, const float *dp, void *p, void *ds)
 {
     ROWS_ELEMENT *out = p, *gradient = ds;
 #pragma omp simd
@@ -212,7 +220,8 @@ static double ROWS_NAME(cross_entropy)(int64_t count, float *logits, int64_t tar
     const double chosen = logits[target];
     float top = logits[0], sum = 0.0f;
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < count; j++) top = logits[j] > top ? logits[j] : top;
+    for (int64_t j = 0; j < count; j++)
+        top = logits[j] > top ? logits[j] : top;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < count; j++) {
         logits[j] = ROWS_NAME(exp)(logits[j] - top);
@@ -222,16 +231,17 @@ static double ROWS_NAME(cross_entropy)(int64_t count, float *logits, int64_t tar
         ROWS_ELEMENT *out = gradient;
         const float share = factor / sum, at_target = logits[target] * share - factor;
 #pragma omp simd
-        for (int64_t j = 0; j < count; j++) ROWS_STORE(out, j, logits[j] * share);
+        for (int64_t j = 0; j < count; j++)
+            ROWS_STORE(out, j, logits[j] * share);
         ROWS_STORE(out, target, at_target);
     }
     return (double)top + log((double)sum) - chosen;
 }
 
 static const struct row_kernels ROWS_NAME(kernels) = {
-    ROWS_NAME(rms_forward), ROWS_NAME(rms_backward), ROWS_NAME(gate_forward), ROWS_NAME(gate_backward),
-    ROWS_NAME(rotate),      ROWS_NAME(rotate_out),   ROWS_NAME(scale_out),    ROWS_NAME(widen),
-    ROWS_NAME(dot),         ROWS_NAME(add_scaled),   ROWS_NAME(softmax),      ROWS_NAME(softmax_backward),
+    ROWS_NAME(rms_forward),  ROWS_NAME(rms_backward), ROWS_NAME(gate_forward), ROWS_NAME(gate_backward),
+    ROWS_NAME(rotate),       ROWS_NAME(rotate_out),   ROWS_NAME(scale_out),    ROWS_NAME(widen),
+    ROWS_NAME(dot),          ROWS_NAME(add_scaled),   ROWS_NAME(softmax),      ROWS_NAME(softmax_backward),
     ROWS_NAME(cross_entropy)};
 
 #undef ROWS_NAME

@@ -59,7 +59,7 @@ static int create_adapters(struct run *run, int64_t tokens)
         LIBRARY(plora_model_layer(model, i, &linear));
         if (linear.flags & PLORA_LAYER_HEAD && plora_adapters_layer(run->adapters, i, &adapter) == PLORA_OK)
             return fault("--targets '%s' matches %s: adapters on embeddings and heads are not supported", o->targets,
-                        linear.name);
+                         linear.name);
     }
     return 0;
 }
@@ -86,7 +86,7 @@ static int create_optimizer(struct run *run)
     if (o->schedule == PLORA_SCHEDULE_CONSTANT) options.period_steps = 0; /* so that --resume may add steps */
     if (o->schedule != PLORA_SCHEDULE_CONSTANT && options.warmup_steps >= options.period_steps)
         return fault("--warmup %lld must be less than the schedule's %lld steps", (long long)o->warmup,
-                    (long long)options.period_steps);
+                     (long long)options.period_steps);
     LIBRARY(plora_optimizer_create(run->adapters, &options, &run->optimizer));
     return 0;
 }
@@ -98,7 +98,8 @@ static int open_data(struct run *run)
     TRY(dataset_read(o->train, config->vocabulary, config->max_positions, &run->train));
     if (o->heldout) TRY(dataset_read(o->heldout, config->vocabulary, config->max_positions, &run->heldout));
     if (o->heldout_examples > 0 && o->heldout_examples < run->heldout.count) {
-        for (int64_t i = o->heldout_examples; i < run->heldout.count; i++) free(run->heldout.examples[i].ids);
+        for (int64_t i = o->heldout_examples; i < run->heldout.count; i++)
+            free(run->heldout.examples[i].ids);
         run->heldout.count = o->heldout_examples;
     }
     return order_create(run->train.count, random_at((uint64_t)o->seed, 0), &run->order);
@@ -158,9 +159,12 @@ static void close_all(struct run *run)
 static int begin_fresh(struct run *run, const char *options)
 {
     /* what an older run left here must not be taken for this one's */
-    if (unlink(run->checkpoint) != 0 && errno != ENOENT) return fault("cannot remove %s: %s", run->checkpoint, strerror(errno));
-    if (unlink(run->result_file) != 0 && errno != ENOENT) return fault("cannot remove %s: %s", run->result_file, strerror(errno));
-    if (unlink(run->samples_file) != 0 && errno != ENOENT) return fault("cannot remove %s: %s", run->samples_file, strerror(errno));
+    if (unlink(run->checkpoint) != 0 && errno != ENOENT)
+        return fault("cannot remove %s: %s", run->checkpoint, strerror(errno));
+    if (unlink(run->result_file) != 0 && errno != ENOENT)
+        return fault("cannot remove %s: %s", run->result_file, strerror(errno));
+    if (unlink(run->samples_file) != 0 && errno != ENOENT)
+        return fault("cannot remove %s: %s", run->samples_file, strerror(errno));
     TRY(file_write(run->run_file, options, strlen(options)));
     return journal_open(run->options->output, run->options->steps, -1, &run->journal);
 }
@@ -179,13 +183,14 @@ static int go_on(struct run *run, const char *options)
     run->step = since + (restarts(o) ? plora_adapters_stage(run->adapters) * o->period : 0);
     if (run->step > o->steps)
         return fault("--resume: the checkpoint is at step %lld, beyond --steps %lld", (long long)run->step,
-                    (long long)o->steps);
+                     (long long)o->steps);
     return journal_open(o->output, o->steps, run->step, &run->journal);
 }
 
 static int begin(struct run *run)
 {
-    char *options = options_to_json(run->options, hash_bytes(run->train.hash, &run->heldout.hash, sizeof run->heldout.hash));
+    char *options =
+        options_to_json(run->options, hash_bytes(run->train.hash, &run->heldout.hash, sizeof run->heldout.hash));
     if (!options) return fault("out of memory: options");
     const int result = run->options->resume ? go_on(run, options) : begin_fresh(run, options);
     free(options);
@@ -205,7 +210,8 @@ static int evaluate(struct run *run, int64_t step)
     for (int64_t first = 0; first < run->heldout.count && result == 0; first += size) {
         const int64_t count = run->heldout.count - first < size ? run->heldout.count - first : size;
         double loss = 0;
-        for (int64_t i = 0; i < count; i++) indices[i] = first + i;
+        for (int64_t i = 0; i < count; i++)
+            indices[i] = first + i;
         result = batch_fill(&run->batch, &run->heldout, indices, count);
         if (result == 0) result = llama_forward(run->llama, &run->batch, 0);
         if (result == 0) result = llama_loss(run->llama, &run->batch, 0, 0, &loss);
@@ -273,7 +279,8 @@ static int sample_all(struct run *run, FILE *stream, const char *when, int32_t *
     const int64_t eos = o->eos >= 0 ? o->eos : llama_configuration(run->llama)->eos;
     TRY(copy_before(run, stream));
     for (int64_t first = 0; first < count; first += SAMPLE_GROUP)
-        TRY(sample_group(run, stream, when, first, count - first < SAMPLE_GROUP ? count - first : SAMPLE_GROUP, eos, generated));
+        TRY(sample_group(run, stream, when, first, count - first < SAMPLE_GROUP ? count - first : SAMPLE_GROUP, eos,
+                         generated));
     return 0;
 }
 
@@ -283,7 +290,8 @@ static int sample(struct run *run, const char *when)
     int32_t *generated;
     char *text = NULL;
     size_t size = 0;
-    TRY(memory_allocate((size_t)(SAMPLE_GROUP * run->options->max_new_tokens), sizeof *generated, "samples", &generated));
+    TRY(memory_allocate((size_t)(SAMPLE_GROUP * run->options->max_new_tokens), sizeof *generated, "samples",
+                        &generated));
     FILE *stream = open_memstream(&text, &size);
     int result = stream ? sample_all(run, stream, when, generated) : fault("out of memory: samples");
     if (stream && fclose(stream) != 0 && result == 0) result = fault("out of memory: samples");
@@ -327,7 +335,8 @@ static int train_step(struct run *run, int64_t *indices)
     const double begin = now();
     struct journal_step step = {.step = run->step + 1, .stage = plora_adapters_stage(run->adapters)};
     plora_step_report report = PLORA_STEP_REPORT_INIT;
-    for (int64_t i = 0; i < o->batch; i++) indices[i] = order_at(&run->order, run->step * o->batch + i);
+    for (int64_t i = 0; i < o->batch; i++)
+        indices[i] = order_at(&run->order, run->step * o->batch + i);
     TRY(gradients(run, indices, &step));
     if (plora_optimizer_step(run->optimizer, 1.0, &report, NULL) != PLORA_OK)
         return fault("step %lld, loss %g: %s", (long long)step.step, step.loss, plora_last_error());
@@ -366,11 +375,14 @@ static int train_loop(struct run *run, const volatile sig_atomic_t *stop, int64_
         const int last = run->step == o->steps;
         if (o->method == METHOD_PLORA && run->step % o->period == 0) TRY(unload(run, o->momentum, 0));
         if (last || (o->eval_every > 0 && run->step % o->eval_every == 0)) TRY(evaluate(run, run->step));
-        if (last || *stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0)) TRY(save_checkpoint(run));
+        if (last || *stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0))
+            TRY(save_checkpoint(run));
         if (*stop && !last) {
             journal_end_line(&run->journal);
-            fprintf(stderr, "stopped after step %lld; the checkpoint is %s\nthe same command with --resume goes on from there\n",
-                    (long long)run->step, run->checkpoint);
+            fprintf(
+                stderr,
+                "stopped after step %lld; the checkpoint is %s\nthe same command with --resume goes on from there\n",
+                (long long)run->step, run->checkpoint);
             return TRAIN_STOPPED;
         }
     }
@@ -381,9 +393,10 @@ static int train_loop(struct run *run, const volatile sig_atomic_t *stop, int64_
 
 static int copy_companions(struct run *run, const char *directory)
 {
-    static const char *const NAMES[] = {"config.json",        "generation_config.json",  "tokenizer.json", "tokenizer.model",
-                                        "tokenizer_config.json", "special_tokens_map.json", "vocab.json",     "merges.txt",
-                                        "added_tokens.json",  "chat_template.jinja"};
+    static const char *const NAMES[] = {
+        "config.json",           "generation_config.json",  "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json", "special_tokens_map.json", "vocab.json",     "merges.txt",
+        "added_tokens.json",     "chat_template.jinja"};
     for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++) {
         char *from = path_join(run->options->model, NAMES[i]), *to = path_join(directory, NAMES[i]);
         int result = from && to ? 0 : fault("out of memory: path in %s", directory);
@@ -423,7 +436,8 @@ static int write_result(struct run *run)
     const struct options *o = run->options;
     const int64_t steps = o->steps, some = steps < 10 ? steps : 10;
     double mean = 0;
-    for (int64_t i = steps - some; i < steps; i++) mean += run->journal.losses[i] / (double)some;
+    for (int64_t i = steps - some; i < steps; i++)
+        mean += run->journal.losses[i] / (double)some;
     cJSON *root = cJSON_CreateObject();
     cJSON_AddStringToObject(root, "method", options_method(o));
     char *options = options_to_json(o, hash_bytes(run->train.hash, &run->heldout.hash, sizeof run->heldout.hash));
@@ -462,7 +476,8 @@ static int run_all(struct run *run, const volatile sig_atomic_t *stop)
     const int trained = train_loop(run, stop, indices);
     free(indices);
     if (trained != 0) return trained;
-    if (resumed == o->steps) TRY(evaluate(run, run->step)); /* resumed after the last step: its line was cut away or is there */
+    if (resumed == o->steps)
+        TRY(evaluate(run, run->step)); /* resumed after the last step: its line was cut away or is there */
     TRY(sample(run, "after"));
     TRY(export_model(run));
     return write_result(run);

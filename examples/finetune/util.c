@@ -139,7 +139,7 @@ int directory_make(const char *path)
     char *partial = strdup(path);
     if (!partial) return fault("out of memory: path %s", path);
     int error = 0;
-    for (char *end = partial; error == 0 && end; ) {
+    for (char *end = partial; error == 0 && end;) {
         end = strchr(end + 1, '/');
         if (end) *end = '\0';
         if (mkdir(partial, 0777) != 0 && errno != EEXIST) error = errno;
@@ -156,7 +156,8 @@ uint64_t hash_bytes(uint64_t hash, const void *data, size_t size)
 {
     const unsigned char *bytes = data;
     if (hash == 0) hash = 14695981039346656037u;
-    for (size_t i = 0; i < size; i++) hash = (hash ^ bytes[i]) * 1099511628211u;
+    for (size_t i = 0; i < size; i++)
+        hash = (hash ^ bytes[i]) * 1099511628211u;
     return hash;
 }
 

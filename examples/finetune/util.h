@@ -12,21 +12,21 @@
     } while (0)
 #define LIBRARY(expression)                                                                                            \
     do {                                                                                                               \
-        if ((expression) != PLORA_OK) return fault("%s", plora_last_error());                                           \
+        if ((expression) != PLORA_OK) return fault("%s", plora_last_error());                                          \
     } while (0)
 
 int fault(const char *format, ...) __attribute__((format(printf, 1, 2))); /* always -1 */
 const char *failure(void);
 
-double now(void);              /* seconds, monotonic */
-int64_t peak_rss_bytes(void);  /* of this process so far */
+double now(void);             /* seconds, monotonic */
+int64_t peak_rss_bytes(void); /* of this process so far */
 
 /* Zeroed memory, 64-byte aligned and in huge pages where the system has them; pages cost nothing until they are touched. */
 int memory_map(size_t bytes, const char *what, void **memory);
 void memory_unmap(void *memory, size_t bytes);
 int memory_allocate(size_t count, size_t size, const char *what, void *pointer_to_pointer);
 
-char *path_join(const char *directory, const char *name); /* NULL when out of memory */
+char *path_join(const char *directory, const char *name);   /* NULL when out of memory */
 int file_read(const char *path, char **text, size_t *size); /* text ends in an extra '\0' */
 /* Temporary file, fsync, rename: on an error `path` is as it was. */
 int file_write(const char *path, const void *data, size_t size);

@@ -21,8 +21,8 @@ int64_t llama_inputs(const struct llama_config *c, int which)
 
 int64_t llama_outputs(const struct llama_config *c, int which)
 {
-    return which == Q                 ? c->heads * c->head_size
-           : which == K || which == V ? c->kv_heads * c->head_size
+    return which == Q                     ? c->heads * c->head_size
+           : which == K || which == V     ? c->kv_heads * c->head_size
            : which == GATE || which == UP ? c->intermediate
                                           : c->hidden;
 }
@@ -75,8 +75,8 @@ static int read_norm(struct llama *llama, plora_model *source, const char *name,
     LIBRARY(plora_model_find_tensor(source, name, &tensor));
     const int64_t width = llama->config.hidden;
     if (tensor.rows != 1 || tensor.columns != width)
-        return fault("%s has %lld x %lld elements: must have %lld", name, (long long)tensor.rows, (long long)tensor.columns,
-                    (long long)width);
+        return fault("%s has %lld x %lld elements: must have %lld", name, (long long)tensor.rows,
+                     (long long)tensor.columns, (long long)width);
     convert_elements(width, tensor.data, tensor.dtype, out, PLORA_F32);
     return 0;
 }
@@ -114,7 +114,7 @@ static int find_linear(struct llama *llama, const char *name, int64_t rows, int6
     LIBRARY(plora_model_layer(llama->model, *layer, &linear));
     if (linear.weight.rows != rows || linear.weight.columns != columns)
         return fault("%s.weight is [%lld,%lld]: config.json says [%lld,%lld]", name, (long long)linear.weight.rows,
-                    (long long)linear.weight.columns, (long long)rows, (long long)columns);
+                     (long long)linear.weight.columns, (long long)rows, (long long)columns);
     if (bias >= 0 && bias != (linear.bias != NULL))
         return fault("%s.bias is %s, but config.json says otherwise", name, linear.bias ? "there" : "missing");
     return 0;
@@ -199,8 +199,8 @@ int llama_open(plora_context *context, const char *directory, int32_t dtype, int
 
 /* ------------------------------------------------------------------------------------------------------- random weights */
 
-static int add_random(struct llama *llama, const char *name, int64_t rows, int64_t columns, int32_t flags, uint64_t seed,
-                      char **next)
+static int add_random(struct llama *llama, const char *name, int64_t rows, int64_t columns, int32_t flags,
+                      uint64_t seed, char **next)
 {
     const float bound = 1.7320508f * 0.02f; /* of a uniform distribution with standard deviation 0.02 */
     char *data = *next;
@@ -230,7 +230,8 @@ static int random_weights(struct llama *llama, uint64_t seed)
     llama->converted = 1;
     LIBRARY(plora_model_create(llama->context, &llama->model));
     TRY(allocate_layers(llama));
-    for (int64_t i = 0; i < (2 * c->layers + 1) * c->hidden; i++) llama->norms[i] = 1.0f;
+    for (int64_t i = 0; i < (2 * c->layers + 1) * c->hidden; i++)
+        llama->norms[i] = 1.0f;
     char *next = llama->weights;
     TRY(add_random(llama, "model.embed_tokens", c->vocabulary, c->hidden, PLORA_LAYER_HEAD, seed++, &next));
     for (int64_t i = 0; i < c->layers; i++)
@@ -243,8 +244,8 @@ static int random_weights(struct llama *llama, uint64_t seed)
     return finish(llama);
 }
 
-int llama_create_random(plora_context *context, const struct llama_config *config, int32_t dtype, int threads, uint64_t seed,
-                        struct llama **llama)
+int llama_create_random(plora_context *context, const struct llama_config *config, int32_t dtype, int threads,
+                        uint64_t seed, struct llama **llama)
 {
     TRY(start(context, dtype, threads, llama));
     (*llama)->config = *config;
@@ -276,7 +277,8 @@ static int write_back(struct llama *llama, plora_model *target)
                                  (const char *)from.weight.data +
                                      (size_t)(row * from.weight.stride) * element_size(from.weight.dtype),
                                  from.weight.dtype,
-                                 (char *)to.weight.data + (size_t)(row * to.weight.stride) * element_size(to.weight.dtype),
+                                 (char *)to.weight.data +
+                                     (size_t)(row * to.weight.stride) * element_size(to.weight.dtype),
                                  to.weight.dtype);
         }
     return 0;

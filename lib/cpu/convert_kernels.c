@@ -42,8 +42,8 @@ static void keep_factors(float *factors, const struct plora__dropout *dropout, u
     const uint32_t threshold = plora__dropout_threshold(dropout->probability);
     const float keep_scale = (float)(1.0 / (1.0 - dropout->probability));
     for (int64_t j = 0; 4 * j < count; ++j) {
-        const struct plora__words words = plora__draw(dropout->seed, PLORA__PURPOSE_DROPOUT, dropout->step, dropout->layer,
-                                                      first / 4 + (uint64_t)j);
+        const struct plora__words words =
+            plora__draw(dropout->seed, PLORA__PURPOSE_DROPOUT, dropout->step, dropout->layer, first / 4 + (uint64_t)j);
         for (int i = 0; i < 4; ++i)
             factors[4 * j + i] = words.word[i] >= threshold ? keep_scale : 0.0f;
     }
@@ -52,10 +52,10 @@ static void keep_factors(float *factors, const struct plora__dropout *dropout, u
 /* Calls below in blocks that start at a multiple of 4: `lead` is how far the first element is past one. */
 #define FOR_EACH_BLOCK(first, count, begin, length, lead)                                                              \
     for (int64_t begin = 0, lead = (int64_t)((first) % 4), length = 0; begin < (count); begin += length, lead = 0)     \
-        if (length = (count) - begin < BLOCK - lead ? (count) - begin : BLOCK - lead, 1)
+        if (length = (count)-begin < BLOCK - lead ? (count)-begin : BLOCK - lead, 1)
 
-static void dropout_row(void *restrict out, const void *restrict in, int32_t dtype, const struct plora__dropout *dropout,
-                        uint64_t first, int64_t count)
+static void dropout_row(void *restrict out, const void *restrict in, int32_t dtype,
+                        const struct plora__dropout *dropout, uint64_t first, int64_t count)
 {
     float factors[BLOCK + 4];
     FOR_EACH_BLOCK(first, count, begin, length, lead)
@@ -66,8 +66,8 @@ static void dropout_row(void *restrict out, const void *restrict in, int32_t dty
     }
 }
 
-static void dropout_add(void *restrict out, int32_t dtype, const float *restrict delta, const struct plora__dropout *dropout,
-                        uint64_t first, int64_t count)
+static void dropout_add(void *restrict out, int32_t dtype, const float *restrict delta,
+                        const struct plora__dropout *dropout, uint64_t first, int64_t count)
 {
     float factors[BLOCK + 4];
     FOR_EACH_BLOCK(first, count, begin, length, lead)

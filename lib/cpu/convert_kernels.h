@@ -15,8 +15,8 @@ struct cpu_convert_kernels {
     void (*dropout)(void *out, const void *in, int32_t dtype, const struct plora__dropout *dropout, uint64_t first,
                     int64_t count);
     /* out[i] += kept(first + i) ? delta[i] * keep_scale : 0, out F32 or BF16. */
-    void (*dropout_add)(void *out, int32_t dtype, const float *delta, const struct plora__dropout *dropout, uint64_t first,
-                        int64_t count);
+    void (*dropout_add)(void *out, int32_t dtype, const float *delta, const struct plora__dropout *dropout,
+                        uint64_t first, int64_t count);
     /* out[j * rows + i] += in[i * columns + j] for j in [begin, end). */
     void (*transpose_add)(float *out, const float *in, int64_t rows, int64_t columns, int64_t begin, int64_t end);
 };

@@ -17,7 +17,8 @@ static void cpu_close(void *device)
     memory.release(memory.owner, cpu, sizeof *cpu);
 }
 
-static plora_status cpu_open(const plora_context_options *options, const struct plora__host_memory *memory, void **device)
+static plora_status cpu_open(const plora_context_options *options, const struct plora__host_memory *memory,
+                             void **device)
 {
     PLORA_CHECK(options->device == 0, PLORA_ERROR_INVALID_ARGUMENT, "device is %d: the CPU backend has only device 0",
                 options->device);

@@ -27,7 +27,8 @@ struct plan {
     int bf16;            /* operands are bf16 */
     int whole;           /* `out` in one product by all threads, not in panels */
     int64_t padded_rank; /* R, on matrix tiles rounded up to a full one */
-    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile; /* offsets */
+    /* offsets: */
+    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile;
     size_t weight_tile_bytes, sum_tile_bytes; /* per thread */
     size_t bytes;
 };
@@ -100,7 +101,8 @@ static void *at(const struct cpu_matrix *matrix, int64_t row, int64_t column)
 
 /* A product cut along m (rows) or n (columns) into tiles of fixed size: the same bits for any number of threads. Where that
  * is not asked for, oneDNN cuts it. */
-static plora_status tiled_product(struct cpu_device *cpu, const struct cpu_product *product, int along_rows, int64_t tile)
+static plora_status tiled_product(struct cpu_device *cpu, const struct cpu_product *product, int along_rows,
+                                  int64_t tile)
 {
     if (!cpu->deterministic) return cpu_product(cpu, product);
     const int64_t extent = along_rows ? product->m : product->n;
@@ -162,14 +164,26 @@ struct panel_primitives {
 static struct cpu_product base_product(const struct side *side, int64_t width, struct cpu_matrix weight,
                                        struct cpu_matrix target)
 {
-    return (struct cpu_product){.m = side->tokens, .n = width, .k = side->d, .a = side->in, .b = weight, .c = target,
-                                .bias = side->bias, .accumulate = side->accumulate};
+    return (struct cpu_product){.m = side->tokens,
+                                .n = width,
+                                .k = side->d,
+                                .a = side->in,
+                                .b = weight,
+                                .c = target,
+                                .bias = side->bias,
+                                .accumulate = side->accumulate};
 }
 
-static struct cpu_product expand_product(const struct side *side, int64_t width, struct cpu_matrix target, int accumulate)
+static struct cpu_product expand_product(const struct side *side, int64_t width, struct cpu_matrix target,
+                                         int accumulate)
 {
-    return (struct cpu_product){.m = side->tokens, .n = width, .k = side->rank, .a = side->low, .b = side->factor,
-                                .c = target, .accumulate = accumulate};
+    return (struct cpu_product){.m = side->tokens,
+                                .n = width,
+                                .k = side->rank,
+                                .a = side->low,
+                                .b = side->factor,
+                                .c = target,
+                                .accumulate = accumulate};
 }
 
 /* Where one panel's operands lie: `out` itself or fp32 tiles of this thread. */
@@ -197,7 +211,8 @@ static struct panel place_panel(const struct side *side, int64_t begin, int64_t 
         panel.sum = rows_of(workspace + plan->sum_tile + plan->sum_tile_bytes * (size_t)thread, panel_width, PLORA_F32);
     panel.delta = panel.sum;
     if (side->drop)
-        panel.delta = rows_of(workspace + plan->delta_tile + plan->sum_tile_bytes * (size_t)thread, panel_width, PLORA_F32);
+        panel.delta =
+            rows_of(workspace + plan->delta_tile + plan->sum_tile_bytes * (size_t)thread, panel_width, PLORA_F32);
     return panel;
 }
 
@@ -219,7 +234,8 @@ static void widen_weight(const struct side *side, int64_t begin, int64_t width, 
     const int64_t lines = by_rows ? side->d : width, length = by_rows ? width : side->d;
     for (int64_t i = 0; i < lines; ++i)
         convert->widen((float *)panel->weight.data + i * length,
-                       by_rows ? at(&side->weight, i, begin) : at(&side->weight, 0, begin + i), side->weight.dtype, length);
+                       by_rows ? at(&side->weight, i, begin) : at(&side->weight, 0, begin + i), side->weight.dtype,
+                       length);
 }
 
 /* One panel of the output by the calling thread (or, with a whole product, by all). Returns oneDNN's status. */
@@ -291,7 +307,8 @@ static plora_status compute_side(struct cpu_device *cpu, const struct side *side
 /* --------------------------------------------------------------------------------------------- operands of the products */
 
 /* x or dy as an operand: itself, or widened to fp32 into `wide`. */
-static struct cpu_matrix operand(const struct cpu_device *cpu, const struct plan *plan, const plora_matrix *matrix, void *wide)
+static struct cpu_matrix operand(const struct cpu_device *cpu, const struct plan *plan, const plora_matrix *matrix,
+                                 void *wide)
 {
     if (plan->bf16 || matrix->dtype == PLORA_F32) return rows_of(matrix->data, matrix->stride, matrix->dtype);
     const struct cpu_convert_kernels *convert = cpu_convert_kernels();
@@ -319,8 +336,8 @@ static struct cpu_matrix dropped_input(const struct cpu_device *cpu, const struc
 }
 
 /* A as [padded_rank, K] and B as [N, padded_rank] operands: themselves in fp32, rounded and zero-padded copies in bf16. */
-static void low_rank_factors(const struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
-                             struct cpu_matrix *a, struct cpu_matrix *b)
+static void low_rank_factors(const struct cpu_device *cpu, const struct plora__linear_args *args,
+                             const struct plan *plan, struct cpu_matrix *a, struct cpu_matrix *b)
 {
     if (!plan->bf16) {
         *a = rows_of(args->a, args->in_features, PLORA_F32);
@@ -342,10 +359,15 @@ static void low_rank_factors(const struct cpu_device *cpu, const struct plora__l
 
 /* low = s in factor, as an operand: fp32 at `rounded`'s place, or rounded to bf16. */
 static plora_status shrink(struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
-                           struct cpu_matrix in, int64_t d, struct cpu_matrix factor, size_t place, struct cpu_matrix *low)
+                           struct cpu_matrix in, int64_t d, struct cpu_matrix factor, size_t place,
+                           struct cpu_matrix *low)
 {
     float *sum = (float *)(void *)((char *)args->workspace + (plan->bf16 ? plan->low : place));
-    const struct cpu_product product = {.m = args->tokens, .n = plan->padded_rank, .k = d, .a = in, .b = factor,
+    const struct cpu_product product = {.m = args->tokens,
+                                        .n = plan->padded_rank,
+                                        .k = d,
+                                        .a = in,
+                                        .b = factor,
                                         .c = rows_of(sum, plan->padded_rank, PLORA_F32)};
     PLORA_TRY(tiled_product(cpu, &product, 1, TOKEN_TILE));
     uint16_t *rounded = plan->bf16 ? (uint16_t *)(void *)((char *)args->workspace + place) : NULL;
@@ -367,8 +389,13 @@ static plora_status forward(struct cpu_device *cpu, const struct plora__linear_a
 {
     const struct plan plan = make_plan(cpu, args, 1);
     char *workspace = args->workspace;
-    struct side side = {.args = args, .plan = &plan, .tokens = args->tokens, .d = args->in_features,
-                        .o = args->out_features, .rank = plan.padded_rank, .base = !args->delta_only};
+    struct side side = {.args = args,
+                        .plan = &plan,
+                        .tokens = args->tokens,
+                        .d = args->in_features,
+                        .o = args->out_features,
+                        .rank = plan.padded_rank,
+                        .base = !args->delta_only};
     side.in = operand(cpu, &plan, &args->x, workspace + plan.in_wide);
     side.weight = weight_operand(args, 1);
     side.out = rows_of(args->y.data, args->y.stride, args->y.dtype);
@@ -391,19 +418,28 @@ static plora_status forward(struct cpu_device *cpu, const struct plora__linear_a
 static plora_status gradients(struct cpu_device *cpu, const struct plora__linear_args *args, const struct plan *plan,
                               struct cpu_matrix x, struct cpu_matrix dy, struct cpu_matrix u, struct cpu_matrix v)
 {
-    const struct cpu_product a_gradient = {.m = args->rank, .n = args->in_features, .k = args->tokens, .a = transposed(v),
-                                           .b = x, .c = rows_of(args->a_gradient, args->in_features, PLORA_F32),
+    const struct cpu_product a_gradient = {.m = args->rank,
+                                           .n = args->in_features,
+                                           .k = args->tokens,
+                                           .a = transposed(v),
+                                           .b = x,
+                                           .c = rows_of(args->a_gradient, args->in_features, PLORA_F32),
                                            .accumulate = 1};
     PLORA_TRY(tiled_product(cpu, &a_gradient, 0, PANEL));
     float *sum = (float *)(void *)((char *)args->workspace + plan->gradient);
-    const struct cpu_product b_gradient = {.m = args->rank, .n = args->out_features, .k = args->tokens, .a = transposed(u),
-                                           .b = dy, .c = rows_of(sum, args->out_features, PLORA_F32)};
+    const struct cpu_product b_gradient = {.m = args->rank,
+                                           .n = args->out_features,
+                                           .k = args->tokens,
+                                           .a = transposed(u),
+                                           .b = dy,
+                                           .c = rows_of(sum, args->out_features, PLORA_F32)};
     PLORA_TRY(tiled_product(cpu, &b_gradient, 0, PANEL));
     const struct cpu_convert_kernels *convert = cpu_convert_kernels();
     const int64_t n = args->out_features, panels = (n + PANEL - 1) / PANEL;
 #pragma omp parallel for num_threads(cpu->threads) schedule(static)
     for (int64_t i = 0; i < panels; ++i)
-        convert->transpose_add(args->b_gradient, sum, args->rank, n, i * PANEL, i * PANEL + PANEL < n ? i * PANEL + PANEL : n);
+        convert->transpose_add(args->b_gradient, sum, args->rank, n, i * PANEL,
+                               i * PANEL + PANEL < n ? i * PANEL + PANEL : n);
     return PLORA_OK;
 }
 
@@ -423,11 +459,20 @@ static plora_status backward(struct cpu_device *cpu, const struct plora__linear_
         PLORA_TRY(gradients(cpu, args, &plan, x, dy, u, v));
     }
     if (args->dx.data == NULL) return PLORA_OK;
-    const struct side side = {.args = args, .plan = &plan, .tokens = args->tokens, .d = args->out_features,
-                              .o = args->in_features, .rank = plan.padded_rank, .in = dy,
-                              .weight = weight_operand(args, 0), .low = v, .factor = a,
-                              .out = rows_of(args->dx.data, args->dx.stride, args->dx.dtype), .base = !args->delta_only,
-                              .accumulate = args->accumulate, .drop = args->dropout.probability > 0.0};
+    const struct side side = {.args = args,
+                              .plan = &plan,
+                              .tokens = args->tokens,
+                              .d = args->out_features,
+                              .o = args->in_features,
+                              .rank = plan.padded_rank,
+                              .in = dy,
+                              .weight = weight_operand(args, 0),
+                              .low = v,
+                              .factor = a,
+                              .out = rows_of(args->dx.data, args->dx.stride, args->dx.dtype),
+                              .base = !args->delta_only,
+                              .accumulate = args->accumulate,
+                              .drop = args->dropout.probability > 0.0};
     return compute_side(cpu, &side);
 }
 

@@ -35,7 +35,7 @@ struct cpu_products {
     dnnl_engine_t engine;
     dnnl_stream_t stream;
     int bf16, tiles;
-    int slots; /* scratch slots, one per thread */
+    int slots;            /* scratch slots, one per thread */
     size_t scratch_bytes; /* of one slot */
     char *scratch;
     uint64_t clock;
@@ -83,12 +83,13 @@ static void forget(struct cpu_primitive *entry)
 #define HANDLE(d) (&(d))
 #endif
 
-static dnnl_status_t create_descriptor(const struct cpu_primitive *entry, dnnl_engine_t engine, dnnl_primitive_attr_t attr,
-                                       dnnl_primitive_desc_t *out)
+static dnnl_status_t create_descriptor(const struct cpu_primitive *entry, dnnl_engine_t engine,
+                                       dnnl_primitive_attr_t attr, dnnl_primitive_desc_t *out)
 {
     const int with_bias = entry->key.bias;
 #if DNNL_VERSION_MAJOR >= 3
-    return dnnl_matmul_primitive_desc_create(out, engine, entry->a, entry->b, with_bias ? entry->bias : NULL, entry->c, attr);
+    return dnnl_matmul_primitive_desc_create(out, engine, entry->a, entry->b, with_bias ? entry->bias : NULL, entry->c,
+                                             attr);
 #else
     dnnl_matmul_desc_t operation;
     const dnnl_status_t status =
@@ -128,7 +129,8 @@ static dnnl_status_t create_primitive(struct cpu_primitive *entry, dnnl_engine_t
     if (status == dnnl_success) status = create_descriptor(entry, engine, attr, &primitive_descriptor);
     if (status == dnnl_success) {
 #if DNNL_VERSION_MAJOR >= 3
-        const_dnnl_memory_desc_t scratch = dnnl_primitive_desc_query_md(primitive_descriptor, dnnl_query_scratchpad_md, 0);
+        const_dnnl_memory_desc_t scratch =
+            dnnl_primitive_desc_query_md(primitive_descriptor, dnnl_query_scratchpad_md, 0);
         status = dnnl_memory_desc_clone(&entry->scratch, scratch);
 #else
         entry->scratch = *dnnl_primitive_desc_query_md(primitive_descriptor, dnnl_query_scratchpad_md, 0);
@@ -206,9 +208,10 @@ plora_status cpu_product_prepare(struct cpu_device *cpu, const struct cpu_produc
     cpu_set_threads(threads);
     plora_status result = PLORA_OK;
     if (status != dnnl_success)
-        result = plora__fail(status == dnnl_out_of_memory ? PLORA_ERROR_OUT_OF_MEMORY : PLORA_ERROR_BACKEND,
-                             "oneDNN cannot make the product [%lld,%lld] x [%lld,%lld] (status %d)", (long long)product->m,
-                             (long long)product->k, (long long)product->k, (long long)product->n, (int)status);
+        result =
+            plora__fail(status == dnnl_out_of_memory ? PLORA_ERROR_OUT_OF_MEMORY : PLORA_ERROR_BACKEND,
+                        "oneDNN cannot make the product [%lld,%lld] x [%lld,%lld] (status %d)", (long long)product->m,
+                        (long long)product->k, (long long)product->k, (long long)product->n, (int)status);
     if (result == PLORA_OK) result = grow_scratch(cpu, scratch_bytes);
     if (result != PLORA_OK) {
         forget(entry); /* an empty entry matches no product and is the first to be used again */
@@ -231,8 +234,10 @@ int cpu_product_run(const struct cpu_device *cpu, const struct cpu_primitive *en
         const descriptor *description;
         void *data;
     } operands[] = {
-        {DNNL_ARG_SRC, &entry->a, product->a.data},     {DNNL_ARG_WEIGHTS, &entry->b, product->b.data},
-        {DNNL_ARG_DST, &entry->c, product->c.data},     {DNNL_ARG_SCRATCHPAD, &entry->scratch, scratch},
+        {DNNL_ARG_SRC, &entry->a, product->a.data},
+        {DNNL_ARG_WEIGHTS, &entry->b, product->b.data},
+        {DNNL_ARG_DST, &entry->c, product->c.data},
+        {DNNL_ARG_SCRATCHPAD, &entry->scratch, scratch},
         {DNNL_ARG_BIAS, &entry->bias, (void *)(uintptr_t)product->bias},
     };
     const int count = entry->key.bias ? 5 : 4;
@@ -274,8 +279,17 @@ static int bf16_supported(const struct cpu_products *products)
 {
     struct cpu_primitive probe;
     memset(&probe, 0, sizeof probe);
-    probe.key = (struct key){.m = 16, .n = 16, .k = 16, .a_row = 16, .a_column = 1, .b_row = 16, .b_column = 1, .c_row = 16,
-                             .a_dtype = PLORA_BF16, .b_dtype = PLORA_BF16, .c_dtype = PLORA_BF16};
+    probe.key = (struct key){.m = 16,
+                             .n = 16,
+                             .k = 16,
+                             .a_row = 16,
+                             .a_column = 1,
+                             .b_row = 16,
+                             .b_column = 1,
+                             .c_row = 16,
+                             .a_dtype = PLORA_BF16,
+                             .b_dtype = PLORA_BF16,
+                             .c_dtype = PLORA_BF16};
     size_t scratch_bytes;
     const dnnl_status_t status = create_primitive(&probe, products->engine, &scratch_bytes);
     forget(&probe);
@@ -291,10 +305,12 @@ plora_status cpu_products_create(struct cpu_device *cpu)
     products->slots = cpu->threads;
     cpu->products = products;
     dnnl_status_t status = dnnl_engine_create(&products->engine, dnnl_cpu, 0);
-    if (status == dnnl_success) status = dnnl_stream_create(&products->stream, products->engine, dnnl_stream_default_flags);
+    if (status == dnnl_success)
+        status = dnnl_stream_create(&products->stream, products->engine, dnnl_stream_default_flags);
     PLORA_CHECK(status == dnnl_success, PLORA_ERROR_BACKEND, "oneDNN: no CPU engine (status %d)", (int)status);
     products->bf16 = bf16_supported(products);
-    products->tiles = products->bf16 && (dnnl_get_effective_cpu_isa() & dnnl_cpu_isa_avx512_core_amx) == dnnl_cpu_isa_avx512_core_amx;
+    products->tiles =
+        products->bf16 && (dnnl_get_effective_cpu_isa() & dnnl_cpu_isa_avx512_core_amx) == dnnl_cpu_isa_avx512_core_amx;
     return PLORA_OK;
 }
 

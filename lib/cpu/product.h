@@ -37,7 +37,7 @@ plora_status cpu_product_prepare(struct cpu_device *cpu, const struct cpu_produc
 
 /* Runs it on the product's pointers, with the scratch slot of `thread`. Returns oneDNN's status, 0 = success: inside a
  * parallel region a message would stay on the wrong thread, so the caller reports it with cpu_product_failed(). */
-int cpu_product_run(const struct cpu_device *cpu, const struct cpu_primitive *primitive, const struct cpu_product *product,
+int cpu_product_run(const struct cpu_device *cpu, const struct cpu_primitive *entry, const struct cpu_product *product,
                     int thread);
 plora_status cpu_product_failed(const struct cpu_product *product, int onednn_status);
 
