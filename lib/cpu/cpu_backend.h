@@ -16,6 +16,13 @@ struct cpu_device {
     struct cpu_products *products;
 };
 
+/* How many threads an operation of this many element operations is worth. Starting the others takes microseconds, and a
+ * scheduler's slice where they must wait for a core, so small work stays on the caller. */
+static inline int cpu_threads_for(const struct cpu_device *cpu, double operations)
+{
+    return operations < 4e6 ? 1 : cpu->threads;
+}
+
 plora_status cpu_init_adapter(void *device, const struct plora__init_args *args, void *stream);
 
 size_t cpu_linear_workspace(void *device, const struct plora__linear_args *args);

@@ -7,8 +7,10 @@ plora_status cpu_init_adapter(void *device, const struct plora__init_args *args,
 {
     const struct cpu_device *cpu = device;
     (void)stream;
+    const int threads = cpu_threads_for(cpu, 32.0 * (double)args->count);
+    (void)threads; /* unused without OpenMP */
     const int64_t blocks = (args->count + 3) / 4;
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t block = 0; block < blocks; ++block) {
         const struct plora__words words =
             plora__draw(args->seed, PLORA__PURPOSE_INIT, args->stage, args->layer, (uint64_t)block);

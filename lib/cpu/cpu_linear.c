@@ -119,8 +119,10 @@ static plora_status tiled_product(struct cpu_device *cpu, const struct cpu_produ
         PLORA_TRY(cpu_product_prepare(cpu, &piece, 1, &last));
     }
     int failed = 0;
-    const int threads = cpu_set_threads(1); /* of oneDNN, inside our region */
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    const int threads = cpu_threads_for(cpu, 2.0 * (double)product->m * (double)product->n * (double)product->k);
+    (void)threads;                         /* unused without OpenMP */
+    const int before = cpu_set_threads(1); /* of oneDNN, inside our region */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < tiles; ++i) {
         struct cpu_product own = *product;
         const int64_t begin = i * tile;
@@ -136,7 +138,7 @@ static plora_status tiled_product(struct cpu_device *cpu, const struct cpu_produ
             failed = status;
         }
     }
-    cpu_set_threads(threads);
+    cpu_set_threads(before);
     return failed == 0 ? PLORA_OK : cpu_product_failed(product, failed);
 }
 
@@ -277,17 +279,20 @@ static plora_status compute_side(struct cpu_device *cpu, const struct side *side
 {
     if (!side->base && side->rank == 0) return PLORA_OK;
     const int whole = side->plan->whole;
+    const int threads =
+        cpu_threads_for(cpu, 2.0 * (double)side->tokens * (double)side->o * (double)(side->d + side->rank));
+    const int sequential = !whole || threads == 1;
     const int64_t panel_width = whole ? side->o : PANEL;
     const int64_t panels = (side->o + panel_width - 1) / panel_width, last_width = side->o - (panels - 1) * panel_width;
     struct panel_primitives full = {0}, last = {0};
-    PLORA_TRY(prepare_panel(cpu, side, last_width, panel_width, !whole, &last));
-    if (panels > 1) PLORA_TRY(prepare_panel(cpu, side, panel_width, panel_width, !whole, &full));
+    PLORA_TRY(prepare_panel(cpu, side, last_width, panel_width, sequential, &last));
+    if (panels > 1) PLORA_TRY(prepare_panel(cpu, side, panel_width, panel_width, sequential, &full));
     int failed = 0;
-    const int threads = cpu_set_threads(whole ? cpu->threads : 1); /* of oneDNN, inside our region */
+    const int before = cpu_set_threads(sequential ? 1 : threads); /* of oneDNN */
     if (whole) {
         failed = run_panel(cpu, side, &last, 0, last_width, panel_width, 0);
     } else {
-#pragma omp parallel for num_threads(cpu->threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (int64_t i = 0; i < panels; ++i) {
             const int64_t width = i + 1 < panels ? panel_width : last_width;
             const int status = run_panel(cpu, side, i + 1 < panels ? &full : &last, i * panel_width, width, panel_width,
@@ -298,7 +303,7 @@ static plora_status compute_side(struct cpu_device *cpu, const struct side *side
             }
         }
     }
-    cpu_set_threads(threads);
+    cpu_set_threads(before);
     if (failed == 0) return PLORA_OK;
     const struct cpu_product product = base_product(side, side->o, side->weight, side->out);
     return cpu_product_failed(&product, failed);
@@ -314,7 +319,9 @@ static struct cpu_matrix operand(const struct cpu_device *cpu, const struct plan
     const struct cpu_convert_kernels *convert = cpu_convert_kernels();
     const struct cpu_matrix source = rows_of(matrix->data, matrix->stride, matrix->dtype);
     const struct cpu_matrix target = rows_of(wide, matrix->columns, PLORA_F32);
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    const int threads = cpu_threads_for(cpu, 4.0 * (double)matrix->rows * (double)matrix->columns);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < matrix->rows; ++t)
         convert->widen(at(&target, t, 0), at(&source, t, 0), matrix->dtype, matrix->columns);
     return target;
@@ -328,7 +335,9 @@ static struct cpu_matrix dropped_input(const struct cpu_device *cpu, const struc
     if (dropout->probability <= 0.0) return x;
     const struct cpu_convert_kernels *convert = cpu_convert_kernels();
     const struct cpu_matrix target = rows_of((char *)args->workspace + plan->dropped, args->in_features, x.dtype);
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    const int threads = cpu_threads_for(cpu, 32.0 * (double)args->tokens * (double)args->in_features);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < args->tokens; ++t)
         convert->dropout(at(&target, t, 0), at(&x, t, 0), x.dtype, dropout,
                          (dropout->first_token + (uint64_t)t) * (uint64_t)args->in_features, args->in_features);
@@ -350,7 +359,9 @@ static void low_rank_factors(const struct cpu_device *cpu, const struct plora__l
     const int64_t pad = plan->padded_rank - args->rank;
     convert->narrow(a->data, args->a, args->rank * args->in_features);
     memset(at(a, args->rank, 0), 0, (size_t)(pad * args->in_features) * sizeof(uint16_t));
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    const int threads = cpu_threads_for(cpu, 4.0 * (double)args->out_features * (double)plan->padded_rank);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < args->out_features; ++n) {
         convert->narrow(at(b, n, 0), args->b + n * args->rank, args->rank);
         memset(at(b, n, args->rank), 0, (size_t)pad * sizeof(uint16_t));
@@ -436,7 +447,9 @@ static plora_status gradients(struct cpu_device *cpu, const struct plora__linear
     PLORA_TRY(tiled_product(cpu, &b_gradient, 0, PANEL));
     const struct cpu_convert_kernels *convert = cpu_convert_kernels();
     const int64_t n = args->out_features, panels = (n + PANEL - 1) / PANEL;
-#pragma omp parallel for num_threads(cpu->threads) schedule(static)
+    const int threads = cpu_threads_for(cpu, 4.0 * (double)n * (double)args->rank);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < panels; ++i)
         convert->transpose_add(args->b_gradient, sum, args->rank, n, i * PANEL,
                                i * PANEL + PANEL < n ? i * PANEL + PANEL : n);

@@ -207,14 +207,16 @@ size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)
 plora_status cpu_max_magnitude(void *device, const plora_matrix *matrix, double *result, void *stream)
 {
     (void)stream;
-    *result =
-        cpu_max_magnitude_with(cpu_merge_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, matrix);
+    const int threads = cpu_threads_for(device, 2.0 * (double)matrix->rows * (double)matrix->columns);
+    *result = cpu_max_magnitude_with(cpu_merge_kernels(cpu_isa()), threads, matrix);
     return PLORA_OK;
 }
 
 plora_status cpu_merge(void *device, const struct plora__merge_args *args, void *stream)
 {
     (void)stream;
-    cpu_merge_with(cpu_merge_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, args);
+    const double elements = (double)args->weight.rows * (double)args->weight.columns;
+    const int threads = cpu_threads_for(device, (2.0 * (double)args->rank + 8.0) * elements);
+    cpu_merge_with(cpu_merge_kernels(cpu_isa()), threads, args);
     return PLORA_OK;
 }

@@ -107,7 +107,7 @@ const struct cpu_optimizer_kernels *cpu_optimizer_kernels(int isa)
 plora_status cpu_sum_of_squares(void *device, const float *values, int64_t count, double *result, void *stream)
 {
     (void)stream;
-    const int threads = ((const struct cpu_device *)device)->threads;
+    const int threads = cpu_threads_for(device, 4.0 * (double)count);
     *result = cpu_sum_of_squares_with(cpu_optimizer_kernels(cpu_isa()), threads, values, count);
     return PLORA_OK;
 }
@@ -115,14 +115,15 @@ plora_status cpu_sum_of_squares(void *device, const float *values, int64_t count
 plora_status cpu_optimizer_step(void *device, const struct plora__step_args *args, void *stream)
 {
     (void)stream;
-    cpu_optimizer_step_with(cpu_optimizer_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, args);
+    cpu_optimizer_step_with(cpu_optimizer_kernels(cpu_isa()), cpu_threads_for(device, 16.0 * (double)args->count),
+                            args);
     return PLORA_OK;
 }
 
 plora_status cpu_scale(void *device, float *values, int64_t count, float factor, void *stream)
 {
     (void)stream;
-    cpu_scale_with(cpu_optimizer_kernels(cpu_isa()), ((const struct cpu_device *)device)->threads, values, count,
+    cpu_scale_with(cpu_optimizer_kernels(cpu_isa()), cpu_threads_for(device, 2.0 * (double)count), values, count,
                    factor);
     return PLORA_OK;
 }

@@ -266,8 +266,9 @@ plora_status cpu_product_failed(const struct cpu_product *product, int onednn_st
 plora_status cpu_product(struct cpu_device *cpu, const struct cpu_product *product)
 {
     struct cpu_primitive *primitive;
-    PLORA_TRY(cpu_product_prepare(cpu, product, 0, &primitive));
-    const int threads = cpu_set_threads(cpu->threads);
+    const int own_threads = cpu_threads_for(cpu, 2.0 * (double)product->m * (double)product->n * (double)product->k);
+    PLORA_TRY(cpu_product_prepare(cpu, product, own_threads == 1, &primitive));
+    const int threads = cpu_set_threads(own_threads);
     const int status = cpu_product_run(cpu, primitive, product, 0);
     cpu_set_threads(threads);
     return status == 0 ? PLORA_OK : cpu_product_failed(product, status);

@@ -41,7 +41,7 @@ int cpu_product_run(const struct cpu_device *cpu, const struct cpu_primitive *en
                     int thread);
 plora_status cpu_product_failed(const struct cpu_product *product, int onednn_status);
 
-/* Both in one, by all threads. */
+/* Both in one, by as many threads as it is worth. */
 plora_status cpu_product(struct cpu_device *cpu, const struct cpu_product *product);
 
 #endif
