@@ -10,7 +10,7 @@ static void *row(const struct llama *llama, const void *data, int64_t index)
 }
 
 /* Logits of rows[0 .. count), count <= chunk, into out[count, vocabulary]. */
-static int chunk_logits(struct llama *llama, const int64_t *rows, int64_t count, float *out)
+static int chunk_logits(struct llama *llama, const int64_t *rows, int64_t count, void *out)
 {
     const int64_t width = llama->config.hidden;
     for (int64_t i = 0; i < count; i++)

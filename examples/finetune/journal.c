@@ -10,13 +10,25 @@
 
 #include "util.h"
 
+static double number(const cJSON *root, const char *name)
+{
+    const cJSON *item = cJSON_GetObjectItemCaseSensitive(root, name);
+    return cJSON_IsNumber(item) ? item->valuedouble : NAN;
+}
+
+/* Takes in a line of the interrupted run. */
 static void remember(struct journal *journal, const cJSON *root, int64_t step)
 {
-    const cJSON *loss = cJSON_GetObjectItemCaseSensitive(root, "loss");
-    const cJSON *heldout = cJSON_GetObjectItemCaseSensitive(root, "heldout_loss");
-    if (cJSON_IsNumber(loss) && step >= 1 && step <= journal->steps) journal->losses[step - 1] = loss->valuedouble;
-    if (cJSON_IsNumber(heldout) && step == 0) journal->heldout_before = heldout->valuedouble;
-    if (cJSON_GetObjectItemCaseSensitive(root, "unload")) journal->unloads++;
+    if (cJSON_HasObjectItem(root, "loss") && step >= 1 && step <= journal->steps) {
+        journal->losses[step - 1] = number(root, "loss");
+        journal->tokens += (int64_t)number(root, "tokens");
+        journal->seconds += number(root, "seconds");
+    }
+    if (cJSON_HasObjectItem(root, "heldout_loss")) {
+        journal->heldout_after = number(root, "heldout_loss");
+        if (step == 0) journal->heldout_before = journal->heldout_after;
+    }
+    if (cJSON_HasObjectItem(root, "unload")) journal->unloads++;
 }
 
 /* Keeps the lines of steps <= resume_step, up to the first that is broken, as the last line of a killed run may be. */
@@ -96,6 +108,8 @@ static int write_line(struct journal *journal, cJSON *root)
 int journal_step(struct journal *journal, const struct journal_step *step)
 {
     journal->losses[step->step - 1] = step->loss;
+    journal->tokens += step->tokens;
+    journal->seconds += step->seconds;
     cJSON *root = cJSON_CreateObject();
     cJSON_AddNumberToObject(root, "step", (double)step->step);
     cJSON_AddNumberToObject(root, "stage", (double)step->stage);

@@ -13,6 +13,8 @@ struct journal {
     int64_t steps;
     double heldout_before, heldout_after; /* NaN = not measured */
     int64_t unloads;
+    int64_t tokens; /* of all training steps so far, and the seconds they took */
+    double seconds;
     double begin, last_line; /* times of the progress line */
     int64_t first_step;      /* of this process */
     int terminal, line_open;

@@ -33,9 +33,6 @@ enum { LLAMA_TRAIN = 1, LLAMA_DROPOUT = 2 };
 /* dtype: PLORA_F32 or PLORA_BF16, of activations and backbone. Weights of another dtype are converted once; of the same,
  * they stay in the mapped file. */
 int llama_open(plora_context *context, const char *directory, int32_t dtype, int threads, struct llama **llama);
-/* A model of this shape with random weights in memory (benchmark). */
-int llama_create_random(plora_context *context, const struct llama_config *config, int32_t dtype, int threads,
-                        uint64_t seed, struct llama **llama);
 void llama_close(struct llama *llama);
 
 const struct llama_config *llama_configuration(const struct llama *llama);

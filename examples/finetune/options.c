@@ -172,7 +172,7 @@ int options_parse(int count, char **arguments, struct options *options)
         const size_t length = value ? (size_t)(value - argument) : strlen(argument);
         const struct option *option = NULL;
         for (int j = 0; j < OPTION_COUNT && length > 2 && strncmp(argument, "--", 2) == 0; j++)
-            if (strlen(OPTIONS[j].name) == length - 2 && strncmp(OPTIONS[j].name, argument + 2, length - 2) == 0)
+            if (strlen(OPTIONS[j].name) == length - 2 && memcmp(OPTIONS[j].name, argument + 2, length - 2) == 0)
                 option = &OPTIONS[j];
         if (!option) return fault("unknown argument '%s' (see --help)", argument);
         if (option->kind == FLAG) {

@@ -24,6 +24,8 @@
 #define BITS_TO_BF16(u)                                                                                                \
     ((uint16_t)(((u)&0x7fffffffu) > 0x7f800000u ? ((u) >> 16) | 0x40u : ((u) + 0x7fffu + (((u) >> 16) & 1u)) >> 16))
 
+enum { ROWS_GROUP = 16 }; /* elements of the widest vector; divides the key blocks of attention */
+
 #define F32_LOAD(p, i) ((p)[i])
 #define F32_STORE(p, i, v) ((p)[i] = (v))
 #define BF16_LOAD(p, i) BF16_TO_FLOAT((p)[i])

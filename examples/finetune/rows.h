@@ -17,10 +17,9 @@ struct row_kernels {
     void (*rotate)(int64_t heads, int64_t width, const float *cosine, const float *sine, float sign, void *x);
     void (*rotate_out)(int64_t width, const float *cosine, const float *sine, float sign, const float *x, void *y);
     void (*scale_out)(int64_t count, const float *in, float factor, void *out);
-    void (*widen)(int64_t count, const void *in, float *out);
     float (*dot)(int64_t count, const void *a, const void *b);
     void (*add_scaled)(int64_t count, const void *row, float weight, float *sum);
-    float (*softmax)(int64_t valid, int64_t count, float scale, const float *s, void *p, float *maximum);
+    float (*softmax)(int64_t valid, int64_t count, float scale, float *s, void *p, float *maximum);
     void (*softmax_backward)(int64_t valid, int64_t count, float scale, float lse, float delta, const float *s,
                              const float *dp, void *p, void *ds);
     double (*cross_entropy)(int64_t count, float *logits, int64_t target, float factor, void *gradient);

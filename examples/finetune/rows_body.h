@@ -151,14 +151,6 @@ static void ROWS_NAME(scale_out)(int64_t count, const float *in, float factor, v
         ROWS_STORE(result, j, in[j] * factor);
 }
 
-static void ROWS_NAME(widen)(int64_t count, const void *in, float *out)
-{
-    const ROWS_ELEMENT *values = in;
-#pragma omp simd
-    for (int64_t j = 0; j < count; j++)
-        out[j] = ROWS_LOAD(values, j);
-}
-
 static float ROWS_NAME(dot)(int64_t count, const void *a, const void *b)
 {
     const ROWS_ELEMENT *x = a, *y = b;
@@ -178,17 +170,22 @@ static void ROWS_NAME(add_scaled)(int64_t count, const void *row, float weight, 
         sum[j] += weight * ROWS_LOAD(x, j);
 }
 
-/* p[0..valid) = exp(scale (s - max s)), p[valid..count) = 0; returns the sum, *maximum = scale max s. p may be s. */
-static float ROWS_NAME(softmax)(int64_t valid, int64_t count, float scale, const float *s, void *p, float *maximum)
+/* p[0..valid) = exp(scale s - max(scale s)), p[valid..count) = 0; returns the sum, *maximum = max(scale s). p may be s. count is a
+ * multiple of ROWS_GROUP: loops run over whole groups, because a scalar remainder would cost more than all the rest. What is beyond
+ * `valid` becomes too small to count in a sum that is at least 1. */
+static float ROWS_NAME(softmax)(int64_t valid, int64_t count, float scale, float *s, void *p, float *maximum)
 {
+    const int64_t whole = (valid + ROWS_GROUP - 1) / ROWS_GROUP * ROWS_GROUP;
     ROWS_ELEMENT *out = p;
+    for (int64_t j = valid; j < whole; j++)
+        s[j] = -1e30f;
     float top = s[0], sum = 0.0f;
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < valid; j++)
+    for (int64_t j = 0; j < whole; j++)
         top = s[j] > top ? s[j] : top;
     top *= scale;
 #pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < valid; j++) {
+    for (int64_t j = 0; j < whole; j++) {
         const float value = ROWS_NAME(exp)(ROWS_FMA(s[j], scale, -top));
         sum += value;
         ROWS_STORE(out, j, value);
@@ -198,13 +195,14 @@ static float ROWS_NAME(softmax)(int64_t valid, int64_t count, float scale, const
     return sum;
 }
 
-/* p = exp(scale s - lse), ds = scale p (dp - delta); both 0 from `valid` on. p may be s, ds may be dp. */
+/* p = exp(scale s - lse), ds = scale p (dp - delta); both 0 from `valid` on. p may be s, ds may be dp; groups as above. */
 static void ROWS_NAME(softmax_backward)(int64_t valid, int64_t count, float scale, float lse, float delta,
                                         const float *s, const float *dp, void *p, void *ds)
 {
+    const int64_t whole = (valid + ROWS_GROUP - 1) / ROWS_GROUP * ROWS_GROUP;
     ROWS_ELEMENT *out = p, *gradient = ds;
 #pragma omp simd
-    for (int64_t j = 0; j < valid; j++) {
+    for (int64_t j = 0; j < whole; j++) {
         const float value = ROWS_NAME(exp)(ROWS_FMA(s[j], scale, -lse));
         ROWS_STORE(gradient, j, value * (dp[j] - delta) * scale);
         ROWS_STORE(out, j, value);
@@ -239,10 +237,9 @@ static double ROWS_NAME(cross_entropy)(int64_t count, float *logits, int64_t tar
 }
 
 static const struct row_kernels ROWS_NAME(kernels) = {
-    ROWS_NAME(rms_forward),  ROWS_NAME(rms_backward), ROWS_NAME(gate_forward), ROWS_NAME(gate_backward),
-    ROWS_NAME(rotate),       ROWS_NAME(rotate_out),   ROWS_NAME(scale_out),    ROWS_NAME(widen),
-    ROWS_NAME(dot),          ROWS_NAME(add_scaled),   ROWS_NAME(softmax),      ROWS_NAME(softmax_backward),
-    ROWS_NAME(cross_entropy)};
+    ROWS_NAME(rms_forward), ROWS_NAME(rms_backward), ROWS_NAME(gate_forward),     ROWS_NAME(gate_backward),
+    ROWS_NAME(rotate),      ROWS_NAME(rotate_out),   ROWS_NAME(scale_out),        ROWS_NAME(dot),
+    ROWS_NAME(add_scaled),  ROWS_NAME(softmax),      ROWS_NAME(softmax_backward), ROWS_NAME(cross_entropy)};
 
 #undef ROWS_NAME
 #undef ROWS_ELEMENT

@@ -234,8 +234,8 @@ static void add_ids(cJSON *root, const char *name, const int32_t *ids, int64_t c
 static int sample_group(struct run *run, FILE *stream, const char *when, int64_t first, int64_t count, int64_t eos,
                         int32_t *generated)
 {
-    const int32_t *prompts[SAMPLE_GROUP];
-    int64_t prompt_lengths[SAMPLE_GROUP], lengths[SAMPLE_GROUP];
+    const int32_t *prompts[SAMPLE_GROUP] = {NULL};
+    int64_t prompt_lengths[SAMPLE_GROUP] = {0}, lengths[SAMPLE_GROUP];
     const int64_t most = run->options->max_new_tokens;
     for (int64_t i = 0; i < count; i++) {
         prompts[i] = run->heldout.examples[first + i].ids;
@@ -399,8 +399,11 @@ static int copy_companions(struct run *run, const char *directory)
         "added_tokens.json",     "chat_template.jinja"};
     for (size_t i = 0; i < sizeof NAMES / sizeof *NAMES; i++) {
         char *from = path_join(run->options->model, NAMES[i]), *to = path_join(directory, NAMES[i]);
-        int result = from && to ? 0 : fault("out of memory: path in %s", directory);
-        if (result == 0 && access(from, F_OK) == 0) result = file_copy(from, to);
+        int result = 0;
+        if (!from || !to)
+            result = fault("out of memory: path in %s", directory);
+        else if (access(from, F_OK) == 0)
+            result = file_copy(from, to);
         free(from);
         free(to);
         TRY(result);
@@ -449,7 +452,7 @@ static int write_result(struct run *run)
     add_or_null(root, "heldout_before", run->journal.heldout_before);
     add_or_null(root, "heldout_after", run->journal.heldout_after);
     cJSON_AddNumberToObject(root, "steps", (double)steps);
-    add_or_null(root, "tokens_per_second", (double)run->trained_tokens / run->training_seconds);
+    add_or_null(root, "tokens_per_second", (double)run->journal.tokens / run->journal.seconds);
     cJSON_AddNumberToObject(root, "peak_rss_bytes", (double)peak_rss_bytes());
     cJSON_AddNumberToObject(root, "unloads", (double)run->journal.unloads);
     cJSON_AddNumberToObject(root, "wall_seconds", now() - run->begin);
@@ -472,12 +475,9 @@ static int run_all(struct run *run, const volatile sig_atomic_t *stop)
         TRY(sample(run, "before"));
     }
     TRY(memory_allocate((size_t)o->batch, sizeof *indices, "a batch", &indices));
-    const int64_t resumed = run->step;
     const int trained = train_loop(run, stop, indices);
     free(indices);
     if (trained != 0) return trained;
-    if (resumed == o->steps)
-        TRY(evaluate(run, run->step)); /* resumed after the last step: its line was cut away or is there */
     TRY(sample(run, "after"));
     TRY(export_model(run));
     return write_result(run);

@@ -127,7 +127,7 @@ int file_write(const char *path, const void *data, size_t size)
 int file_copy(const char *from, const char *to)
 {
     char *data;
-    size_t size;
+    size_t size = 0;
     TRY(file_read(from, &data, &size));
     const int result = file_write(to, data, size);
     free(data);

@@ -3,7 +3,6 @@
  * Same dtype: the linear layers stay in the mapped file, where an unload changes private pages. Another dtype: every 2-D weight
  * is converted once into memory and added to a host-built model in the order of the file's layers, so that layer numbers, and
  * with them the random numbers of the adapters, are the same. */
-#include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -192,65 +191,6 @@ int llama_open(plora_context *context, const char *directory, int32_t dtype, int
 {
     TRY(start(context, dtype, threads, llama));
     if (open_weights(*llama, directory) == 0) return 0;
-    llama_close(*llama);
-    *llama = NULL;
-    return -1;
-}
-
-/* ------------------------------------------------------------------------------------------------------- random weights */
-
-static int add_random(struct llama *llama, const char *name, int64_t rows, int64_t columns, int32_t flags,
-                      uint64_t seed, char **next)
-{
-    const float bound = 1.7320508f * 0.02f; /* of a uniform distribution with standard deviation 0.02 */
-    char *data = *next;
-    const size_t size = element_size(llama->dtype);
-#pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < rows * columns; i++) {
-        const float value = bound * (float)((double)(random_at(seed, (uint64_t)i) >> 40) * 0x1p-23 - 1.0);
-        convert_elements(1, &value, PLORA_F32, data + (size_t)i * size, llama->dtype);
-    }
-    plora_linear linear = PLORA_LINEAR_INIT;
-    linear.name = name;
-    linear.weight = (plora_matrix){data, rows, columns, columns, llama->dtype, 0};
-    linear.flags = flags;
-    LIBRARY(plora_model_add_linear(llama->model, &linear, NULL));
-    *next += ((size_t)(rows * columns) + 31) / 32 * 32 * size;
-    return 0;
-}
-
-static int random_weights(struct llama *llama, uint64_t seed)
-{
-    const struct llama_config *c = &llama->config;
-    size_t elements = (size_t)(c->vocabulary * c->hidden) * (c->tied ? 1 : 2) + 64;
-    for (int j = 0; j < LINEARS; j++)
-        elements += (size_t)c->layers * ((size_t)(llama_inputs(c, j) * llama_outputs(c, j)) + 31);
-    llama->weights_bytes = elements * element_size(llama->dtype);
-    TRY(memory_map(llama->weights_bytes, "weights", &llama->weights));
-    llama->converted = 1;
-    LIBRARY(plora_model_create(llama->context, &llama->model));
-    TRY(allocate_layers(llama));
-    for (int64_t i = 0; i < (2 * c->layers + 1) * c->hidden; i++)
-        llama->norms[i] = 1.0f;
-    char *next = llama->weights;
-    TRY(add_random(llama, "model.embed_tokens", c->vocabulary, c->hidden, PLORA_LAYER_HEAD, seed++, &next));
-    for (int64_t i = 0; i < c->layers; i++)
-        for (int j = 0; j < LINEARS; j++) {
-            char name[128];
-            snprintf(name, sizeof name, "model.layers.%lld.%s", (long long)i, LINEAR_NAMES[j]);
-            TRY(add_random(llama, name, llama_outputs(c, j), llama_inputs(c, j), 0, seed++, &next));
-        }
-    if (!c->tied) TRY(add_random(llama, "lm_head", c->vocabulary, c->hidden, PLORA_LAYER_HEAD, seed, &next));
-    return finish(llama);
-}
-
-int llama_create_random(plora_context *context, const struct llama_config *config, int32_t dtype, int threads,
-                        uint64_t seed, struct llama **llama)
-{
-    TRY(start(context, dtype, threads, llama));
-    (*llama)->config = *config;
-    (*llama)->config.attention_bias = (*llama)->config.mlp_bias = 0;
-    if (random_weights(*llama, seed) == 0) return 0;
     llama_close(*llama);
     *llama = NULL;
     return -1;
