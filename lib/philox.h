@@ -18,26 +18,36 @@ struct plora__words {
     uint32_t word[4];
 };
 
+#define PLORA__PHILOX_M0 0xD2511F53u
+#define PLORA__PHILOX_M1 0xCD9E8D57u
+#define PLORA__PHILOX_W0 0x9E3779B9u
+#define PLORA__PHILOX_W1 0xBB67AE85u
+
 static inline struct plora__words plora__philox(struct plora__words counter, uint32_t key0, uint32_t key1)
 {
     for (int round = 0; round < 10; ++round) {
-        const uint64_t product0 = (uint64_t)0xD2511F53u * counter.word[0];
-        const uint64_t product1 = (uint64_t)0xCD9E8D57u * counter.word[2];
+        const uint64_t product0 = (uint64_t)PLORA__PHILOX_M0 * counter.word[0];
+        const uint64_t product1 = (uint64_t)PLORA__PHILOX_M1 * counter.word[2];
         counter = (struct plora__words){{(uint32_t)(product1 >> 32) ^ counter.word[1] ^ key0, (uint32_t)product1,
                                          (uint32_t)(product0 >> 32) ^ counter.word[3] ^ key1, (uint32_t)product0}};
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
+        key0 += PLORA__PHILOX_W0;
+        key1 += PLORA__PHILOX_W1;
     }
     return counter;
+}
+
+static inline struct plora__words plora__counter(enum plora__purpose purpose, uint64_t step, int32_t layer,
+                                                 uint64_t block)
+{
+    return (struct plora__words){{(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)step,
+                                  ((uint32_t)layer & 0xffffffu) | (uint32_t)purpose << 24}};
 }
 
 /* The four words of elements 4 * block .. 4 * block + 3. */
 static inline struct plora__words plora__draw(uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
                                               uint64_t block)
 {
-    const struct plora__words counter = {{(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)step,
-                                          ((uint32_t)layer & 0xffffffu) | (uint32_t)purpose << 24}};
-    return plora__philox(counter, (uint32_t)seed, (uint32_t)(seed >> 32));
+    return plora__philox(plora__counter(purpose, step, layer, block), (uint32_t)seed, (uint32_t)(seed >> 32));
 }
 
 /* Uniform in [-1, 1): a multiple of 2^-23, exact. */

@@ -247,6 +247,31 @@ static void bf16_throughout(void **state)
         }
 }
 
+/* K or N so long that the product with W is summed in pieces (a vocabulary). */
+static void long_sums(void **state)
+{
+    (void)state;
+    check_reseed(14);
+    for (int32_t dtype = PLORA_F32; dtype <= PLORA_BF16; ++dtype)
+        for (int tall = 0; tall < 2; ++tall)
+            for (uint32_t flags = 0; flags <= PLORA_LINEAR_ACCUMULATE; flags += PLORA_LINEAR_ACCUMULATE) {
+                struct linear_case c = {
+                    .tokens = 3,
+                    .in_features = tall ? 17 : 33003,
+                    .out_features = tall ? 33003 : 17,
+                    .rank = 3,
+                    .x_dtype = dtype,
+                    .y_dtype = dtype,
+                    .dx_dtype = dtype,
+                    .w_dtype = dtype,
+                    .bias_dtype = dtype,
+                };
+                run_forward(shared, &c);
+                c.flags = flags;
+                run_backward(shared, &c, 1, 1);
+            }
+}
+
 /* As many threads as there may be, and both modes: the grids above ran with the default. */
 static void threads_and_modes(void **state)
 {
@@ -546,6 +571,7 @@ int main(void)
         cmocka_unit_test(backward_over_dtypes_and_shapes),
         cmocka_unit_test(backward_over_flags),
         cmocka_unit_test(bf16_throughout),
+        cmocka_unit_test(long_sums),
         cmocka_unit_test(threads_and_modes),
         cmocka_unit_test(same_bits_with_any_number_of_threads),
         cmocka_unit_test(chunks_of_a_batch_draw_its_masks),

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -36,7 +37,7 @@ RUNS = {
 LABELS = {"lora": "LoRA", "plora": "PLoRA"}
 
 LAST_STEPS = 20       # the train loss at the end is the mean over so many steps
-RANK_THRESHOLD = 0.01  # singular values above this share of the largest count, if they also exceed the rounding noise
+RANK_THRESHOLD = 0.01  # singular values above this share of the largest count
 DISK_NEEDED = 3 << 30
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -163,8 +164,9 @@ def model_files(directory):
     return [directory / "model.safetensors"]
 
 
-def read_header(path):
-    """({name: (dtype, shape, first byte, last byte + 1)}) of a safetensors file, its size checked."""
+def read_header(path, metadata=None):
+    """{name: (dtype, shape, first byte, last byte + 1)} of a safetensors file, its size checked; its texts go into
+    `metadata`."""
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if not 0 < size < 100 << 20:
@@ -173,7 +175,9 @@ def read_header(path):
             header = json.loads(file.read(size))
         except ValueError as error:
             raise prepare.PrepareError(f"{path}: the header is not JSON: {error}") from error
-    header.pop("__metadata__", None)
+    texts = header.pop("__metadata__", {})
+    if metadata is not None:
+        metadata.update(texts)
     entries = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
@@ -184,21 +188,23 @@ def read_header(path):
     return entries
 
 
-def read_tensor(directory, name):
-    """(values in fp32, dtype as stored)"""
+def read_values(path, entry):
     import numpy as np
 
+    dtype, shape, first, last = entry
+    kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(dtype)
+    if kind is None:
+        raise prepare.PrepareError(f"{path}: a tensor of dtype {dtype}")
+    raw = np.fromfile(path, kind, offset=first, count=(last - first) // np.dtype(kind).itemsize)
+    values = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw.astype(np.float32)
+    return values.reshape(shape)
+
+
+def read_tensor(directory, name):
     for path in model_files(directory):
         entries = read_header(path)
-        if name not in entries:
-            continue
-        dtype, shape, first, last = entries[name]
-        kind = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}.get(dtype)
-        if kind is None:
-            raise prepare.PrepareError(f"{path}: {name} has dtype {dtype}")
-        raw = np.fromfile(path, kind, offset=first, count=(last - first) // np.dtype(kind).itemsize)
-        values = (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw.astype(np.float32)
-        return values.reshape(shape), dtype
+        if name in entries:
+            return read_values(path, entries[name])
     raise prepare.PrepareError(f"{directory} has no tensor {name}")
 
 
@@ -221,25 +227,38 @@ def model_problem(directory, base=None):
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
-def update_rank(before, after, layer):
-    """Rank of W_after - W_before: the number of singular values above RANK_THRESHOLD of the largest that the rounding
-    of W_after to its stored dtype does not explain. What rounding explains is measured: noise uniform within half a
-    unit in the last place of each weight is drawn, and its largest singular value taken, with a margin of 10 %.
-    effective: (sum s^2)^2 / sum s^4 over those counted."""
+def accumulated_update(checkpoint, model, layer):
+    """W_after - W_before of one layer in float64, from the last checkpoint: what was unloaded into W, and s B A of the live
+    adapter. The exported model is no use for it where it is rounded to bf16, which would drown the small part."""
     import numpy as np
 
-    w0, _ = read_tensor(before, f"{layer}.weight")
-    w1, dtype = read_tensor(after, f"{layer}.weight")
-    sigma = np.linalg.svd(w1.astype(np.float64) - w0, compute_uv=False)
-    _, exponent = np.frexp(w1)
-    ulp = np.ldexp(1.0, exponent - {"F32": 24, "F16": 11, "BF16": 8}[dtype])
-    noise = float(np.linalg.norm(ulp * (np.random.default_rng(0).random(w1.shape) - 0.5), 2))
-    threshold = max(RANK_THRESHOLD * float(sigma[0]), 1.1 * noise)
-    power = sigma ** 2
-    counted = power[sigma > threshold]
-    return {"rank": len(counted), "effective": float(counted.sum() ** 2 / max((counted ** 2).sum(), 1e-300)),
-            "threshold": threshold, "rounding_noise": noise, "largest": float(sigma[0]), "dtype": dtype,
-            "relative_rms": float(np.sqrt(power.sum() / np.sum(w0.astype(np.float64) ** 2)))}
+    texts, offset, update = {}, 0, None
+    entries = read_header(checkpoint, texts)
+    parameters = read_values(checkpoint, entries["parameters"]).astype(np.float64)
+    before = read_tensor(model, f"{layer}.weight").astype(np.float64)
+    for line in texts["adapters"].splitlines():  # in the order of the arena, where A and B start at multiples of 16
+        name, n, k, rank, scale = re.fullmatch(r"(.+) N=(\d+) K=(\d+) rank=(\d+) scale=(\S+)", line).groups()
+        n, k, rank = int(n), int(k), int(rank)
+        a, b = offset, offset + -(-rank * k // 16) * 16
+        offset = b + -(-rank * n // 16) * 16
+        if name == layer:
+            live = parameters[b:b + n * rank].reshape(n, rank) @ parameters[a:a + rank * k].reshape(rank, k)
+            update = float(scale) * live
+    if update is None:
+        raise prepare.PrepareError(f"{checkpoint} has no adapter of {layer}")
+    merged = entries.get(f"weight.{layer}")
+    return (update if merged is None else update + read_values(checkpoint, merged) - before), before
+
+
+def update_rank(checkpoint, model, layer):
+    """Rank of the update: its singular values above RANK_THRESHOLD of the largest; effective: (sum s^2)^2 / sum s^4."""
+    import numpy as np
+
+    update, before = accumulated_update(checkpoint, model, layer)
+    power = np.linalg.svd(update, compute_uv=False) ** 2
+    return {"rank": int(np.sum(power > RANK_THRESHOLD ** 2 * power[0])),
+            "effective": float(power.sum() ** 2 / max((power ** 2).sum(), 1e-300)), "largest": float(power[0] ** 0.5),
+            "relative_rms": float(np.sqrt(power.sum() / np.sum(before ** 2)))}
 
 
 def measure(run, model, layer):
@@ -250,7 +269,7 @@ def measure(run, model, layer):
             # The untrained model has seen neither set: its held-out loss is where the train loss starts from, too.
             "train_decrease": before - train_after, "heldout_decrease": before - after,
             "tokens_per_second": run["result"]["tokens_per_second"], "peak_rss_bytes": run["result"]["peak_rss_bytes"],
-            "unloads": len(run["unloads"]), "update": update_rank(model, run["directory"] / "model", layer)}
+            "unloads": len(run["unloads"]), "update": update_rank(run["directory"] / "checkpoint.safetensors", model, layer)}
 
 
 def ratio(figures, key):
@@ -269,11 +288,8 @@ def print_table(figures, ability, layer):
         prepare.say("{:<28}{:>10}{:>10}".format(label, *cells))
     for key, label in (("train", "learning ability, train"), ("heldout", "learning ability, held-out")):
         prepare.say("{:<28}{:>20}".format(label, "-" if ability[key] is None else f"{ability[key]:.2f}"))
-    update = figures["plora"]["update"]
-    noise = update["threshold"] > RANK_THRESHOLD * update["largest"]
     prepare.say(f"\nLoss: nats per answer token. Learning ability: loss decrease of PLoRA / loss decrease of LoRA.\n"
-                f"* of W after - W before in {layer}: singular values above {RANK_THRESHOLD:.0%} of the largest"
-                + (f"\n  and above the noise of rounding the weights to {update['dtype']}." if noise else "."))
+                f"* of all that was learnt by {layer}: singular values above {RANK_THRESHOLD:.0%} of the largest.")
 
 
 def verdict(figures, ability):

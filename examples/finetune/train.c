@@ -22,6 +22,7 @@
 
 struct run {
     const struct options *options;
+    const volatile sig_atomic_t *stop; /* set by a signal */
     plora_context *context;
     struct llama *llama;
     plora_adapters *adapters;
@@ -199,6 +200,14 @@ static int begin(struct run *run)
 
 /* ---------------------------------------------------------------------------------------------------------- held-out set */
 
+/* Before the first step a signal ends the run at once: there is nothing to keep. Later it waits for the step's checkpoint. */
+static int stopped_early(const struct run *run)
+{
+    if (run->step > 0 || !*run->stop) return 0;
+    fprintf(stderr, "stopped before the first step: nothing was written that a resumed run would need\n");
+    return TRAIN_STOPPED;
+}
+
 static int evaluate(struct run *run, int64_t step)
 {
     if (run->heldout.count == 0) return 0;
@@ -215,6 +224,7 @@ static int evaluate(struct run *run, int64_t step)
         result = batch_fill(&run->batch, &run->heldout, indices, count);
         if (result == 0) result = llama_forward(run->llama, &run->batch, 0);
         if (result == 0) result = llama_loss(run->llama, &run->batch, 0, 0, &loss);
+        if (result == 0) result = stopped_early(run);
         total += loss;
         losses += run->batch.losses;
     }
@@ -278,9 +288,11 @@ static int sample_all(struct run *run, FILE *stream, const char *when, int32_t *
     const int64_t count = o->sample < run->heldout.count ? o->sample : run->heldout.count;
     const int64_t eos = o->eos >= 0 ? o->eos : llama_configuration(run->llama)->eos;
     TRY(copy_before(run, stream));
-    for (int64_t first = 0; first < count; first += SAMPLE_GROUP)
+    for (int64_t first = 0; first < count; first += SAMPLE_GROUP) {
         TRY(sample_group(run, stream, when, first, count - first < SAMPLE_GROUP ? count - first : SAMPLE_GROUP, eos,
                          generated));
+        TRY(stopped_early(run));
+    }
     return 0;
 }
 
@@ -367,7 +379,7 @@ static int save_checkpoint(struct run *run)
     return 0;
 }
 
-static int train_loop(struct run *run, const volatile sig_atomic_t *stop, int64_t *indices)
+static int train_loop(struct run *run, int64_t *indices)
 {
     const struct options *o = run->options;
     while (run->step < o->steps) {
@@ -375,9 +387,9 @@ static int train_loop(struct run *run, const volatile sig_atomic_t *stop, int64_
         const int last = run->step == o->steps;
         if (o->method == METHOD_PLORA && run->step % o->period == 0) TRY(unload(run, o->momentum, 0));
         if (last || (o->eval_every > 0 && run->step % o->eval_every == 0)) TRY(evaluate(run, run->step));
-        if (last || *stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0))
+        if (last || *run->stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0))
             TRY(save_checkpoint(run));
-        if (*stop && !last) {
+        if (*run->stop && !last) {
             journal_end_line(&run->journal);
             fprintf(
                 stderr,
@@ -464,7 +476,7 @@ static int write_result(struct run *run)
     return result;
 }
 
-static int run_all(struct run *run, const volatile sig_atomic_t *stop)
+static int run_all(struct run *run)
 {
     const struct options *o = run->options;
     int64_t *indices;
@@ -475,7 +487,7 @@ static int run_all(struct run *run, const volatile sig_atomic_t *stop)
         TRY(sample(run, "before"));
     }
     TRY(memory_allocate((size_t)o->batch, sizeof *indices, "a batch", &indices));
-    const int trained = train_loop(run, stop, indices);
+    const int trained = train_loop(run, indices);
     free(indices);
     if (trained != 0) return trained;
     TRY(sample(run, "after"));
@@ -492,8 +504,8 @@ static void print_profile(const struct run *run)
 
 int train_run(const struct options *options, const volatile sig_atomic_t *stop)
 {
-    struct run run = {.options = options, .begin = now()};
-    const int result = run_all(&run, stop);
+    struct run run = {.options = options, .stop = stop, .begin = now()};
+    const int result = run_all(&run);
     journal_end_line(&run.journal);
     if (run.llama && options->profile) print_profile(&run);
     close_all(&run);

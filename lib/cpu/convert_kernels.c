@@ -6,9 +6,8 @@
 
 #include "dtype.h"
 #include "isa.h"
-#include "philox.h"
 
-enum { BLOCK = 64 };
+enum { BLOCK = 4 * CPU_DRAWS };
 
 static void widen(float *restrict out, const void *restrict in, int32_t dtype, int64_t count)
 {
@@ -36,17 +35,47 @@ static void scale(float *restrict values, uint16_t *restrict rounded, float fact
     if (rounded != NULL) narrow(rounded, values, count);
 }
 
-/* factors[i] = kept(first + i) ? keep_scale : 0 for i in [0, count), count <= BLOCK, first a multiple of 4. */
-static void keep_factors(float *factors, const struct plora__dropout *dropout, uint64_t first, int64_t count)
+/* The ten rounds of philox.h on CPU_DRAWS counters side by side, which the compiler turns into vector instructions. */
+static void draw(uint32_t *restrict words, uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
+                 uint64_t first)
+{
+    uint32_t c0[CPU_DRAWS], c1[CPU_DRAWS], c2[CPU_DRAWS], c3[CPU_DRAWS];
+    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+    for (int j = 0; j < CPU_DRAWS; ++j) {
+        const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)j);
+        c0[j] = counter.word[0];
+        c1[j] = counter.word[1];
+        c2[j] = counter.word[2];
+        c3[j] = counter.word[3];
+    }
+    for (int round = 0; round < 10; ++round) {
+        for (int j = 0; j < CPU_DRAWS; ++j) {
+            const uint64_t product0 = (uint64_t)PLORA__PHILOX_M0 * c0[j], product1 = (uint64_t)PLORA__PHILOX_M1 * c2[j];
+            c0[j] = (uint32_t)(product1 >> 32) ^ c1[j] ^ key0;
+            c1[j] = (uint32_t)product1;
+            c2[j] = (uint32_t)(product0 >> 32) ^ c3[j] ^ key1;
+            c3[j] = (uint32_t)product0;
+        }
+        key0 += PLORA__PHILOX_W0;
+        key1 += PLORA__PHILOX_W1;
+    }
+    for (int j = 0; j < CPU_DRAWS; ++j) {
+        words[4 * j] = c0[j];
+        words[4 * j + 1] = c1[j];
+        words[4 * j + 2] = c2[j];
+        words[4 * j + 3] = c3[j];
+    }
+}
+
+/* factors[i] = kept(first + i) ? keep_scale : 0 for i in [0, BLOCK), first a multiple of 4. */
+static void keep_factors(float *restrict factors, const struct plora__dropout *dropout, uint64_t first)
 {
     const uint32_t threshold = plora__dropout_threshold(dropout->probability);
     const float keep_scale = (float)(1.0 / (1.0 - dropout->probability));
-    for (int64_t j = 0; 4 * j < count; ++j) {
-        const struct plora__words words =
-            plora__draw(dropout->seed, PLORA__PURPOSE_DROPOUT, dropout->step, dropout->layer, first / 4 + (uint64_t)j);
-        for (int i = 0; i < 4; ++i)
-            factors[4 * j + i] = words.word[i] >= threshold ? keep_scale : 0.0f;
-    }
+    uint32_t words[BLOCK];
+    draw(words, dropout->seed, PLORA__PURPOSE_DROPOUT, dropout->step, dropout->layer, first / 4);
+    for (int i = 0; i < BLOCK; ++i)
+        factors[i] = words[i] >= threshold ? keep_scale : 0.0f;
 }
 
 /* Calls below in blocks that start at a multiple of 4: `lead` is how far the first element is past one. */
@@ -57,10 +86,10 @@ static void keep_factors(float *factors, const struct plora__dropout *dropout, u
 static void dropout_row(void *restrict out, const void *restrict in, int32_t dtype,
                         const struct plora__dropout *dropout, uint64_t first, int64_t count)
 {
-    float factors[BLOCK + 4];
+    float factors[BLOCK];
     FOR_EACH_BLOCK(first, count, begin, length, lead)
     {
-        keep_factors(factors, dropout, first + (uint64_t)begin - (uint64_t)lead, length + lead);
+        keep_factors(factors, dropout, first + (uint64_t)begin - (uint64_t)lead);
         for (int64_t i = 0; i < length; ++i)
             plora__store(out, begin + i, dtype, plora__load(in, begin + i, dtype) * factors[lead + i]);
     }
@@ -69,10 +98,10 @@ static void dropout_row(void *restrict out, const void *restrict in, int32_t dty
 static void dropout_add(void *restrict out, int32_t dtype, const float *restrict delta,
                         const struct plora__dropout *dropout, uint64_t first, int64_t count)
 {
-    float factors[BLOCK + 4];
+    float factors[BLOCK];
     FOR_EACH_BLOCK(first, count, begin, length, lead)
     {
-        keep_factors(factors, dropout, first + (uint64_t)begin - (uint64_t)lead, length + lead);
+        keep_factors(factors, dropout, first + (uint64_t)begin - (uint64_t)lead);
         for (int64_t i = 0; i < length; ++i) {
             const float sum = plora__load(out, begin + i, dtype) + delta[begin + i] * factors[lead + i];
             plora__store(out, begin + i, dtype, sum);
@@ -95,7 +124,8 @@ const struct cpu_convert_kernels cpu_convert_kernels_avx2
 #else
 const struct cpu_convert_kernels cpu_convert_kernels_portable
 #endif
-    = {.widen = widen,
+    = {.draw = draw,
+       .widen = widen,
        .narrow = narrow,
        .scale = scale,
        .dropout = dropout_row,

@@ -1,10 +1,16 @@
-/* convert_kernels.h: conversions and dropout around the products of cpu_linear.c, one table per instruction level. */
+/* convert_kernels.h: conversions, dropout and random numbers, one table per instruction level (isa.h). */
 #ifndef PLORA_CPU_CONVERT_KERNELS_H
 #define PLORA_CPU_CONVERT_KERNELS_H
 
 #include "backend.h"
+#include "philox.h"
+
+enum { CPU_DRAWS = 16 }; /* Philox blocks of one draw() */
 
 struct cpu_convert_kernels {
+    /* words[4 * j + i] = word i of block first + j (philox.h), for j < CPU_DRAWS. */
+    void (*draw)(uint32_t *words, uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
+                 uint64_t first);
     /* out[i] = in[i], widened to fp32. */
     void (*widen)(float *out, const void *in, int32_t dtype, int64_t count);
     /* out[i] = in[i] rounded to bf16. */

@@ -8,11 +8,14 @@
  * `out` must be converted, the output is cut into panels of PANEL columns, one thread each with sequential products: the bits do
  * not depend on the number of threads, and a converted tile of W stays in the cache.
  *
+ * A whole product whose sum is longer than REDUCTION (the gradient of a head's input) is cut along it: measured at
+ * [256,49152] x [49152,576], pieces of 16384 run at 313 GFLOP/s in fp32 where one product runs at 217.
+ *
  * Precision: operands are bf16 when x and W are (and the processor multiplies bf16), else fp32, widened here: `in` as a
  * whole, W one panel at a time. Accumulation is fp32. In bf16 the low-rank operands are rounded copies padded to `padded_rank`.
  *
  * Workspace (plan): what is marked * exists once per thread.
- *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N]
+ *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N] pieces[T,O]
  *     *weight_tile[D,PANEL] *sum_tile[T,PANEL] *delta_tile[T,PANEL] */
 #include "convert_kernels.h"
 #include "cpu_backend.h"
@@ -21,14 +24,14 @@
 #include "status.h"
 #include "threads.h"
 
-enum { PANEL = 96, TOKEN_TILE = 64, TILE_RANK = 32, ALIGNMENT = 64 };
+enum { PANEL = 96, TOKEN_TILE = 64, TILE_RANK = 32, REDUCTION = 16384, ALIGNMENT = 64 };
 
 struct plan {
     int bf16;            /* operands are bf16 */
     int whole;           /* `out` in one product by all threads, not in panels */
     int64_t padded_rank; /* R, on matrix tiles rounded up to a full one */
     /* offsets: */
-    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile;
+    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile, pieces;
     size_t weight_tile_bytes, sum_tile_bytes; /* per thread */
     size_t bytes;
 };
@@ -69,6 +72,9 @@ static struct plan make_plan(const struct cpu_device *cpu, const struct plora__l
     plan.b16 = reserve(&plan.bytes, plan.bf16 ? rank * out * sizeof(uint16_t) : 0);
     plan.gradient = reserve(&plan.bytes, rank * out * sizeof(float));
     plan.bias = reserve(&plan.bytes, out * sizeof(float));
+    const size_t long_in = args->in_features > REDUCTION ? tokens * out : 0;
+    const size_t long_out = args->out_features > REDUCTION ? tokens * in : 0;
+    plan.pieces = reserve(&plan.bytes, plan.whole ? (long_in > long_out ? long_in : long_out) * sizeof(float) : 0);
     plan.weight_tile = reserve(&plan.bytes, plan.weight_tile_bytes * threads);
     plan.sum_tile = reserve(&plan.bytes, narrow_out ? plan.sum_tile_bytes * threads : 0);
     plan.delta_tile = reserve(&plan.bytes, dropout ? plan.sum_tile_bytes * threads : 0);
@@ -275,9 +281,8 @@ static int run_panel(const struct cpu_device *cpu, const struct side *side, cons
     return 0;
 }
 
-static plora_status compute_side(struct cpu_device *cpu, const struct side *side)
+static plora_status compute_panels(struct cpu_device *cpu, const struct side *side)
 {
-    if (!side->base && side->rank == 0) return PLORA_OK;
     const int whole = side->plan->whole;
     const int threads =
         cpu_threads_for(cpu, 2.0 * (double)side->tokens * (double)side->o * (double)(side->d + side->rank));
@@ -307,6 +312,39 @@ static plora_status compute_side(struct cpu_device *cpu, const struct side *side
     if (failed == 0) return PLORA_OK;
     const struct cpu_product product = base_product(side, side->o, side->weight, side->out);
     return cpu_product_failed(&product, failed);
+}
+
+/* A long sum in pieces, in fp32: a bf16 output is rounded once, at the end. */
+static plora_status compute_pieces(struct cpu_device *cpu, const struct side *side)
+{
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const int narrow = side->out.dtype != PLORA_F32;
+    struct side piece = *side;
+    if (narrow) piece.out = rows_of((char *)side->args->workspace + side->plan->pieces, side->o, PLORA_F32);
+    if (narrow && side->accumulate)
+        for (int64_t t = 0; t < side->tokens; ++t)
+            convert->widen(at(&piece.out, t, 0), at(&side->out, t, 0), side->out.dtype, side->o);
+    for (int64_t begin = 0; begin < side->d; begin += REDUCTION) {
+        const int last = side->d - begin <= REDUCTION;
+        piece.d = last ? side->d - begin : REDUCTION;
+        piece.in.data = at(&side->in, 0, begin);
+        piece.weight.data = at(&side->weight, begin, 0);
+        piece.accumulate = side->accumulate || begin > 0;
+        piece.bias = begin == 0 ? side->bias : NULL;
+        piece.rank = last ? side->rank : 0;
+        PLORA_TRY(compute_panels(cpu, &piece));
+    }
+    if (narrow)
+        for (int64_t t = 0; t < side->tokens; ++t)
+            convert->narrow(at(&side->out, t, 0), at(&piece.out, t, 0), side->o);
+    return PLORA_OK;
+}
+
+static plora_status compute_side(struct cpu_device *cpu, const struct side *side)
+{
+    if (!side->base && side->rank == 0) return PLORA_OK;
+    return side->plan->whole && side->base && side->d > REDUCTION ? compute_pieces(cpu, side)
+                                                                  : compute_panels(cpu, side);
 }
 
 /* --------------------------------------------------------------------------------------------- operands of the products */

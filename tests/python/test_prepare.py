@@ -187,8 +187,8 @@ def test_model_directory(model):
         if heads:  # row 2 i + h of a head goes to row h d/2 + i
             size = wanted.shape[0] // heads
             wanted = wanted.reshape(heads, size, -1)[:, list(range(0, size, 2)) + list(range(1, size, 2))]
-        found, dtype = demo.read_tensor(directory, prepare.hf_name(name))
-        assert dtype == "BF16"
+        found = demo.read_tensor(directory, prepare.hf_name(name))
+        assert demo.read_header(directory / "model.safetensors")[prepare.hf_name(name)][0] == "BF16"
         assert np.all(np.abs(found - wanted.reshape(found.shape)) <= 2.0 ** -8 * np.abs(wanted.reshape(found.shape)))
 
 
@@ -325,18 +325,38 @@ def write_model(directory, weight, dtype="F32"):
     return directory
 
 
-@pytest.mark.parametrize("dtype", ["F32", "BF16"])
-@pytest.mark.parametrize("rank", [1, 5])
-def test_rank_of_an_update(tmp_path, dtype, rank):
-    random = np.random.default_rng(rank)
-    weight = random.standard_normal((96, 160)).astype(np.float32) * 0.1
-    weight = (prepare.to_bf16(weight).astype(np.uint32) << 16).view(np.float32)
-    update = random.standard_normal((96, rank)) @ random.standard_normal((rank, 160)) * 0.01
-    before = write_model(tmp_path / "before", weight, dtype)
-    after = write_model(tmp_path / "after", weight + update, dtype)
-    found = demo.update_rank(before, after, "layer")
-    assert found["rank"] == rank
-    assert rank * 0.5 < found["effective"] < rank + 0.5
+def write_checkpoint(path, tensors, adapters):
+    header, data = {"__metadata__": {"adapters": adapters}}, b""
+    for name, values in tensors.items():
+        raw = values.astype("<f4").tobytes()
+        header[name] = {"dtype": "F32", "shape": list(values.shape), "data_offsets": [len(data), len(data) + len(raw)]}
+        data += raw
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+@pytest.mark.parametrize("unloaded", [0, 1, 5])
+def test_rank_of_what_was_learnt(tmp_path, unloaded):
+    """`unloaded` ranks are in W, one more is in the live adapter, which is the second in the arena."""
+    random = np.random.default_rng(unloaded)
+    weight = (prepare.to_bf16(random.standard_normal((9, 21))).astype(np.uint32) << 16).view(np.float32)
+    model = write_model(tmp_path / "model", weight, "BF16")
+    merged = random.standard_normal((9, unloaded)) @ random.standard_normal((unloaded, 21)) * 0.01
+    a, b = random.standard_normal((1, 21)), random.standard_normal((9, 1))
+    arena = np.full(32 + 16 + 32 + 16, np.nan)  # of "other" [9,21] rank 1, then of "layer"
+    arena[48:48 + 21], arena[80:80 + 9] = a[0], b[:, 0]
+    tensors = {"parameters": arena} | ({"weight.layer": weight + merged} if unloaded else {})
+    write_checkpoint(tmp_path / "checkpoint", tensors, "other N=9 K=21 rank=1 scale=1\nlayer N=9 K=21 rank=1 scale=0.5\n")
+    update, before = demo.accumulated_update(tmp_path / "checkpoint", model, "layer")
+    assert np.array_equal(before, weight)
+    assert np.max(np.abs(update - merged - 0.5 * b @ a)) < 1e-6
+    found = demo.update_rank(tmp_path / "checkpoint", model, "layer")
+    assert 1 <= found["rank"] <= unloaded + 1
+    assert unloaded == 0 or found["rank"] > 1
+    assert 0.99 < found["effective"] < unloaded + 1.01
+    write_checkpoint(tmp_path / "empty", {"parameters": np.zeros(0)}, "")
+    with pytest.raises(prepare.PrepareError, match="no adapter of layer"):
+        demo.update_rank(tmp_path / "empty", model, "layer")
 
 
 def test_merged_model_is_checked(tmp_path):
