@@ -337,7 +337,9 @@ static void write_examples(const char *path, int count, uint64_t salt)
     assert_int_equal(fclose(file), 0);
 }
 
-static int train(const char *output, int resume, sig_atomic_t stop, const char *const *more)
+/* `signalled`: a signal came before the run began. */
+static int train_signalled(const char *output, int resume, int stop_after_a_step, int signalled,
+                           const char *const *more)
 {
     const char *arguments[64] = {"finetune",
                                  "--model",
@@ -363,12 +365,21 @@ static int train(const char *output, int resume, sig_atomic_t stop, const char *
     for (; *more; more++)
         arguments[count++] = *more;
     if (resume) arguments[count++] = "--resume";
+    if (stop_after_a_step) {
+        arguments[count++] = "--stop-after";
+        arguments[count++] = "1";
+    }
     struct options options;
     if (options_parse(count, (char **)(uintptr_t)arguments, &options) != 0) fail_msg("%s", failure());
-    volatile sig_atomic_t flag = stop;
-    const int result = train_run(&options, &flag);
+    const volatile sig_atomic_t stop = signalled;
+    const int result = train_run(&options, &stop);
     free(model);
     return result;
+}
+
+static int train(const char *output, int resume, int stop_after_a_step, const char *const *more)
+{
+    return train_signalled(output, resume, stop_after_a_step, 0, more);
 }
 
 static void assert_same_file(const char *one, const char *other, const char *name)
@@ -462,6 +473,23 @@ static void test_resume(void **state)
     resume_case("full", full, 8);
     resume_case("part", part, 7);
     resume_case("plain", plain, 5);
+}
+
+/* During the first held-out loss a signal ends the run with nothing to resume; after a step, with a checkpoint. */
+static void test_signals(void **state)
+{
+    (void)state;
+    static const char *const more[] = {"--method", "lora", "--steps", "3", "--rank", "1", NULL};
+    char *output = strdup(in_scratch("signalled"));
+    char checkpoint[512];
+    snprintf(checkpoint, sizeof checkpoint, "%s/checkpoint.safetensors", output);
+    assert_int_equal(train_signalled(output, 0, 0, 1, more), TRAIN_STOPPED);
+    assert_int_not_equal(access(checkpoint, F_OK), 0);
+    assert_int_equal(train(output, 0, 1, more), TRAIN_STOPPED);
+    assert_int_equal(access(checkpoint, F_OK), 0);
+    assert_int_equal(train_signalled(output, 1, 0, 1, more), TRAIN_STOPPED); /* one more step, then its checkpoint */
+    OK(train(output, 1, 0, more));
+    free(output);
 }
 
 static void test_resume_refuses_other_options(void **state)
@@ -649,6 +677,7 @@ int main(void)
                                               cmocka_unit_test(test_threads_give_same_bits),
                                               cmocka_unit_test(test_generate),
                                               cmocka_unit_test(test_resume),
+                                              cmocka_unit_test(test_signals),
                                               cmocka_unit_test(test_resume_refuses_other_options),
                                               cmocka_unit_test(test_loss_falls),
                                               cmocka_unit_test(test_export),

@@ -48,7 +48,8 @@ static struct plora__step_args random_args(struct arenas *arenas, int64_t count,
     return args;
 }
 
-/* One element in double. The bounds count fp32 roundings: of each constant, each product and each sum. */
+/* One element in double. The bounds count fp32 roundings: of each constant, each product and each sum. In the second moment,
+ * for example, g^2 has 8: two in each g (the factor, the product), 1 - beta2, two products, the sum. */
 static void check_element_step(const struct plora__step_args *args, const struct arenas *before,
                                const struct arenas *after, int64_t i, int is_b, int isa)
 {
@@ -56,9 +57,9 @@ static void check_element_step(const struct plora__step_args *args, const struct
     const double g = before->g[i] * args->gradient_factor, p = before->p[i] * (1 - rate * args->weight_decay);
     if (args->algorithm == PLORA_OPTIMIZER_SGD) {
         const double m = args->beta1 * before->m[i] + g,
-                     m_error = 3 * e * (fabs(args->beta1 * before->m[i]) + fabs(g)) + tiny;
+                     m_error = 3.01 * e * (fabs(args->beta1 * before->m[i]) + fabs(g)) + tiny;
         CHECK_CLOSE(after->m[i], m, m_error, "first moment %lld, level %d", (long long)i, isa);
-        CHECK_CLOSE(after->p[i], p - rate * m, 3 * e * (fabs(p) + fabs(rate * m)) + rate * m_error + tiny,
+        CHECK_CLOSE(after->p[i], p - rate * m, 3.01 * e * (fabs(p) + fabs(rate * m)) + rate * m_error + tiny,
                     "parameter %lld, level %d", (long long)i, isa);
         return;
     }
@@ -66,11 +67,11 @@ static void check_element_step(const struct plora__step_args *args, const struct
                  v = args->beta2 * before->v[i] + (1 - args->beta2) * g * g;
     const double m_error = 4 * e * (fabs(args->beta1 * before->m[i]) + fabs(g)) + tiny;
     CHECK_CLOSE(after->m[i], m, m_error, "first moment %lld, level %d", (long long)i, isa);
-    CHECK_CLOSE(after->v[i], v, 7 * e * v + tiny, "second moment %lld, level %d", (long long)i, isa);
+    CHECK_CLOSE(after->v[i], v, 8.01 * e * v + tiny, "second moment %lld, level %d", (long long)i, isa);
     /* from the moments as stored: the update by itself is good to a few units in the last place */
     const double update =
         rate * after->m[i] / args->bias_correction1 / (sqrt(after->v[i] / args->bias_correction2) + args->epsilon);
-    CHECK_CLOSE(after->p[i], p - update, 2.5 * e * fabs(p) + 6 * e * fabs(update) + tiny, "parameter %lld, level %d",
+    CHECK_CLOSE(after->p[i], p - update, 3.01 * e * fabs(p) + 7 * e * fabs(update) + tiny, "parameter %lld, level %d",
                 (long long)i, isa);
 }
 

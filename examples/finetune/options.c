@@ -59,6 +59,8 @@ static const struct option OPTIONS[] = {
      "held-out loss every N steps; 0 = before and after"},
     {"heldout-examples", INTEGER, AT(heldout_examples), 0, HUGE_COUNT, NULL, 1, "use the first N only; 0 = all"},
     {"checkpoint-every", INTEGER, AT(checkpoint_every), 0, HUGE_COUNT, NULL, 0, "0 = at the end and on a signal"},
+    {"stop-after", INTEGER, AT(stop_after), 0, HUGE_COUNT, NULL, 0,
+     "end with a checkpoint after N steps of this call, as a signal does; 0 = off"},
     {"resume", FLAG, AT(resume), 0, 0, NULL, 0, "go on from the checkpoint in --output"},
     {"sample", INTEGER, AT(sample), 0, 1e6, NULL, 0,
      "greedy answers to the first N held-out prompts, before and after"},

@@ -11,7 +11,7 @@ struct options {
     const char *model, *train, *heldout, *output, *targets;
     int64_t method, schedule, dtype;
     int64_t rank, warmup, rewarmup, steps, batch, accumulate, period, seed, threads;
-    int64_t eval_every, heldout_examples, checkpoint_every, sample, max_new_tokens, eos;
+    int64_t eval_every, heldout_examples, checkpoint_every, stop_after, sample, max_new_tokens, eos;
     int64_t bench, bench_tokens;
     double alpha, lr, final_ratio, momentum, dropout, weight_decay, clip, lora_plus;
     int64_t rslora, deterministic, resume, no_save_model, frozen, profile, help;

@@ -229,7 +229,7 @@ static int evaluate(struct run *run, int64_t step)
         losses += run->batch.losses;
     }
     free(indices);
-    TRY(result);
+    if (result != 0) return result;
     journal_end_line(&run->journal);
     fprintf(stderr, "held-out loss %.4f after %lld steps\n", total / (double)losses, (long long)step);
     return journal_heldout(&run->journal, step, total / (double)losses);
@@ -291,7 +291,7 @@ static int sample_all(struct run *run, FILE *stream, const char *when, int32_t *
     for (int64_t first = 0; first < count; first += SAMPLE_GROUP) {
         TRY(sample_group(run, stream, when, first, count - first < SAMPLE_GROUP ? count - first : SAMPLE_GROUP, eos,
                          generated));
-        TRY(stopped_early(run));
+        if (stopped_early(run)) return TRAIN_STOPPED;
     }
     return 0;
 }
@@ -382,14 +382,16 @@ static int save_checkpoint(struct run *run)
 static int train_loop(struct run *run, int64_t *indices)
 {
     const struct options *o = run->options;
+    const int64_t begin = run->step;
     while (run->step < o->steps) {
         TRY(train_step(run, indices));
         const int last = run->step == o->steps;
+        const int stop = *run->stop || (o->stop_after > 0 && run->step - begin == o->stop_after);
         if (o->method == METHOD_PLORA && run->step % o->period == 0) TRY(unload(run, o->momentum, 0));
         if (last || (o->eval_every > 0 && run->step % o->eval_every == 0)) TRY(evaluate(run, run->step));
-        if (last || *run->stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0))
+        if (last || stop || (o->checkpoint_every > 0 && run->step % o->checkpoint_every == 0))
             TRY(save_checkpoint(run));
-        if (*run->stop && !last) {
+        if (stop && !last) {
             journal_end_line(&run->journal);
             fprintf(
                 stderr,
@@ -483,8 +485,9 @@ static int run_all(struct run *run)
     TRY(open_all(run));
     TRY(begin(run));
     if (run->step == 0) {
-        TRY(evaluate(run, 0));
-        TRY(sample(run, "before"));
+        int result = evaluate(run, 0);
+        if (result == 0) result = sample(run, "before");
+        if (result != 0) return result;
     }
     TRY(memory_allocate((size_t)o->batch, sizeof *indices, "a batch", &indices));
     const int trained = train_loop(run, indices);
