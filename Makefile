@@ -16,7 +16,7 @@ X86_64  := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 WARN      = -Wall -Wextra -Wpedantic -Wshadow $(if $(OPENMP),,-Wno-unknown-pragmas -Wno-unused -Wno-unused-parameter)
 ALL_FLAGS = -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off $(OPENMP) $(WARN) -Iinclude -Ilib \
             $(HARDEN) $(CPPFLAGS) $(CFLAGS)
-LIBS      = -ldnnl -lm -lpthread
+LIBS      = -ldnnl -lm -lpthread $(if $(OPENMP),,-lgomp)
 LINK      = -Wl,--as-needed -Wl,-z,relro,-z,now $(LDFLAGS)
 
 # *_kernels.c are compiled once for each instruction level of lib/cpu/isa.h.
