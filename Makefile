@@ -100,6 +100,7 @@ help:
 	@echo 'make lint                  format, clang-tidy, include rules, forbidden calls'
 	@echo 'make abi, abi-update       compares the ABI with tests/abi/, or records it there'
 	@echo 'make fuzz                  fuzzes the file readers, FUZZ_SECONDS=30 each'
+	@echo 'make interop               SmolLM2-135M against transformers and PEFT; installs torch'
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
 	@echo 'make install               PREFIX=/usr/local DESTDIR='
 	@echo 'make deps                  installs what all of these need'

@@ -23,3 +23,12 @@ quickstart: $(BUILD)/quickstart
 BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c))
 bench: $(BUILD)/finetune $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready)
 	$(BUILD)/venv/bin/python tests/bench/bench.py --build $(BUILD) $(if $(PEERS),--peers $(BUILD)/venv-peers/bin/python)
+
+# SmolLM2 against transformers and PEFT. Not part of `make test`: it installs torch.
+.PHONY: interop
+PREPARE = $(BUILD)/venv/bin/python examples/finetune/prepare.py
+SMOLLM2 = $(BUILD)/models/SmolLM2-135M-Instruct
+interop: $(BUILD)/finetune $(BUILD)/venv/ready $(BUILD)/venv-peers/ready
+	$(PREPARE) model --output $(SMOLLM2) --downloads $(BUILD)/downloads
+	$(PREPARE) gsm --model $(SMOLLM2) --output $(BUILD)/data/gsm --downloads $(BUILD)/downloads
+	$(BUILD)/venv-peers/bin/python tests/interop/smollm2.py $(BUILD)/finetune $(SMOLLM2) $(BUILD)/data/gsm
