@@ -115,7 +115,7 @@ def main():
         (layers, p1, m1), (_, _, m2) = states
         model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, lora_dropout=0.0, target_modules="all-linear"))
         p0 = p1.clone()
-        for a, _, b, _, _ in layers.values():  # Adam moves no A while its gradient is 0
+        for _, _, b, _, _ in layers.values():  # Adam moves no A while its gradient is 0
             p0[b] = 0
         compare("at the start (B = 0)", layers, m1 / 0.1, peft_gradients(model, layers, p0, batch))
         compare("after one step", layers, (m2 - 0.9 * m1) / 0.1, peft_gradients(model, layers, p1, batch))
