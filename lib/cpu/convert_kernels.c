@@ -5,7 +5,7 @@
 #include "convert_kernels.h"
 
 #include "dtype.h"
-#include "isa.h"
+#include "vector.h"
 
 enum { BLOCK = 4 * CPU_DRAWS };
 
@@ -117,17 +117,10 @@ static void transpose_add(float *restrict out, const float *restrict in, int64_t
             out[j * rows + i] += in[i * columns + j];
 }
 
-#if CPU_ISA == CPU_ISA_AVX512
-const struct cpu_convert_kernels cpu_convert_kernels_avx512
-#elif CPU_ISA == CPU_ISA_AVX2
-const struct cpu_convert_kernels cpu_convert_kernels_avx2
-#else
-const struct cpu_convert_kernels cpu_convert_kernels_portable
-#endif
-    = {.draw = draw,
-       .widen = widen,
-       .narrow = narrow,
-       .scale = scale,
-       .dropout = dropout_row,
-       .dropout_add = dropout_add,
-       .transpose_add = transpose_add};
+const struct cpu_convert_kernels CPU_ISA_NAME(cpu_convert_kernels) = {.draw = draw,
+                                                                      .widen = widen,
+                                                                      .narrow = narrow,
+                                                                      .scale = scale,
+                                                                      .dropout = dropout_row,
+                                                                      .dropout_add = dropout_add,
+                                                                      .transpose_add = transpose_add};

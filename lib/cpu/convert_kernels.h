@@ -31,7 +31,7 @@ extern const struct cpu_convert_kernels cpu_convert_kernels_portable;
 extern const struct cpu_convert_kernels cpu_convert_kernels_avx2;
 extern const struct cpu_convert_kernels cpu_convert_kernels_avx512;
 
-/* The table of the best level that this machine runs. */
-const struct cpu_convert_kernels *cpu_convert_kernels(void);
+/* The table of a level. */
+const struct cpu_convert_kernels *cpu_convert_kernels(int isa);
 
 #endif

@@ -1,6 +1,7 @@
 /* cpu_init.c: the fresh A of an adapter (philox.h, normal.h): element i is a function of (seed, stage, layer, i) alone. */
 #include "convert_kernels.h"
 #include "cpu_backend.h"
+#include "isa.h"
 #include "normal.h"
 
 enum { DRAWN = 4 * CPU_DRAWS };
@@ -9,7 +10,7 @@ plora_status cpu_init_adapter(void *device, const struct plora__init_args *args,
 {
     const struct cpu_device *cpu = device;
     (void)stream;
-    const struct cpu_convert_kernels *kernels = cpu_convert_kernels();
+    const struct cpu_convert_kernels *kernels = cpu_convert_kernels(cpu_isa());
     const int threads = cpu_threads_for(cpu, 8.0 * (double)args->count);
     (void)threads; /* unused without OpenMP */
 #pragma omp parallel for num_threads(threads) schedule(static)

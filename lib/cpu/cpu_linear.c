@@ -20,6 +20,7 @@
 #include "convert_kernels.h"
 #include "cpu_backend.h"
 #include "dtype.h"
+#include "isa.h"
 #include "product.h"
 #include "status.h"
 #include "threads.h"
@@ -237,7 +238,7 @@ static plora_status prepare_panel(struct cpu_device *cpu, const struct side *sid
 
 static void widen_weight(const struct side *side, int64_t begin, int64_t width, const struct panel *panel)
 {
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const int by_rows = side->weight.column_stride == 1;
     const int64_t lines = by_rows ? side->d : width, length = by_rows ? width : side->d;
     for (int64_t i = 0; i < lines; ++i)
@@ -250,7 +251,7 @@ static void widen_weight(const struct side *side, int64_t begin, int64_t width, 
 static int run_panel(const struct cpu_device *cpu, const struct side *side, const struct panel_primitives *primitives,
                      int64_t begin, int64_t width, int64_t panel_width, int thread)
 {
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const struct panel panel = place_panel(side, begin, width, panel_width, thread);
     const int keep = side->accumulate || !side->base;
     if (panel.narrow && keep)
@@ -317,7 +318,7 @@ static plora_status compute_panels(struct cpu_device *cpu, const struct side *si
 /* A long sum in pieces, in fp32: a bf16 output is rounded once, at the end. */
 static plora_status compute_pieces(struct cpu_device *cpu, const struct side *side)
 {
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const int narrow = side->out.dtype != PLORA_F32;
     struct side piece = *side;
     if (narrow) piece.out = rows_of((char *)side->args->workspace + side->plan->pieces, side->o, PLORA_F32);
@@ -354,7 +355,7 @@ static struct cpu_matrix operand(const struct cpu_device *cpu, const struct plan
                                  void *wide)
 {
     if (plan->bf16 || matrix->dtype == PLORA_F32) return rows_of(matrix->data, matrix->stride, matrix->dtype);
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const struct cpu_matrix source = rows_of(matrix->data, matrix->stride, matrix->dtype);
     const struct cpu_matrix target = rows_of(wide, matrix->columns, PLORA_F32);
     const int threads = cpu_threads_for(cpu, 4.0 * (double)matrix->rows * (double)matrix->columns);
@@ -371,7 +372,7 @@ static struct cpu_matrix dropped_input(const struct cpu_device *cpu, const struc
 {
     const struct plora__dropout *dropout = &args->dropout;
     if (dropout->probability <= 0.0) return x;
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const struct cpu_matrix target = rows_of((char *)args->workspace + plan->dropped, args->in_features, x.dtype);
     const int threads = cpu_threads_for(cpu, 32.0 * (double)args->tokens * (double)args->in_features);
     (void)threads; /* unused without OpenMP */
@@ -391,7 +392,7 @@ static void low_rank_factors(const struct cpu_device *cpu, const struct plora__l
         *b = rows_of(args->b, args->rank, PLORA_F32);
         return;
     }
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     *a = rows_of((char *)args->workspace + plan->a16, args->in_features, PLORA_BF16);
     *b = rows_of((char *)args->workspace + plan->b16, plan->padded_rank, PLORA_BF16);
     const int64_t pad = plan->padded_rank - args->rank;
@@ -420,7 +421,7 @@ static plora_status shrink(struct cpu_device *cpu, const struct plora__linear_ar
                                         .c = rows_of(sum, plan->padded_rank, PLORA_F32)};
     PLORA_TRY(tiled_product(cpu, &product, 1, TOKEN_TILE));
     uint16_t *rounded = plan->bf16 ? (uint16_t *)(void *)((char *)args->workspace + place) : NULL;
-    cpu_convert_kernels()->scale(sum, rounded, args->scale, args->tokens * plan->padded_rank);
+    cpu_convert_kernels(cpu_isa())->scale(sum, rounded, args->scale, args->tokens * plan->padded_rank);
     *low = plan->bf16 ? rows_of(rounded, plan->padded_rank, PLORA_BF16) : product.c;
     return PLORA_OK;
 }
@@ -450,7 +451,7 @@ static plora_status forward(struct cpu_device *cpu, const struct plora__linear_a
     side.out = rows_of(args->y.data, args->y.stride, args->y.dtype);
     if (args->bias != NULL && side.base) {
         float *bias = (float *)(void *)(workspace + plan.bias);
-        cpu_convert_kernels()->widen(bias, args->bias, args->bias_dtype, args->out_features);
+        cpu_convert_kernels(cpu_isa())->widen(bias, args->bias, args->bias_dtype, args->out_features);
         side.bias = bias;
     }
     if (args->rank > 0) {
@@ -483,7 +484,7 @@ static plora_status gradients(struct cpu_device *cpu, const struct plora__linear
                                            .b = dy,
                                            .c = rows_of(sum, args->out_features, PLORA_F32)};
     PLORA_TRY(tiled_product(cpu, &b_gradient, 0, PANEL));
-    const struct cpu_convert_kernels *convert = cpu_convert_kernels();
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const int64_t n = args->out_features, panels = (n + PANEL - 1) / PANEL;
     const int threads = cpu_threads_for(cpu, 4.0 * (double)n * (double)args->rank);
     (void)threads; /* unused without OpenMP */
