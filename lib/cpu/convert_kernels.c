@@ -35,35 +35,36 @@ static void scale(float *restrict values, uint16_t *restrict rounded, float fact
     if (rounded != NULL) narrow(rounded, values, count);
 }
 
-/* The ten rounds of philox.h on CPU_DRAWS counters side by side, which the compiler turns into vector instructions. */
-static void draw(uint32_t *restrict words, uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
+/* The ten rounds of philox.h on several counters side by side, one in each 64-bit lane: its lower half counts, the upper one
+ * holds what the products leave there, which the next product does not look at. */
+static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
                  uint64_t first)
 {
-    uint32_t c0[CPU_DRAWS], c1[CPU_DRAWS], c2[CPU_DRAWS], c3[CPU_DRAWS];
-    uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-    for (int j = 0; j < CPU_DRAWS; ++j) {
-        const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)j);
-        c0[j] = counter.word[0];
-        c1[j] = counter.word[1];
-        c2[j] = counter.word[2];
-        c3[j] = counter.word[3];
-    }
-    for (int round = 0; round < 10; ++round) {
-        for (int j = 0; j < CPU_DRAWS; ++j) {
-            const uint64_t product0 = (uint64_t)PLORA__PHILOX_M0 * c0[j], product1 = (uint64_t)PLORA__PHILOX_M1 * c2[j];
-            c0[j] = (uint32_t)(product1 >> 32) ^ c1[j] ^ key0;
-            c1[j] = (uint32_t)product1;
-            c2[j] = (uint32_t)(product0 >> 32) ^ c3[j] ^ key1;
-            c3[j] = (uint32_t)product0;
+    enum { LANES = CPU_LANES / 2 };
+    const cpu_vul m0 = (cpu_vul){0} + PLORA__PHILOX_M0, m1 = (cpu_vul){0} + PLORA__PHILOX_M1;
+    for (int begin = 0; begin < CPU_DRAWS; begin += LANES, words += 4 * LANES) {
+        uint64_t lanes[4][LANES];
+        for (int j = 0; j < LANES; ++j) {
+            const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)(begin + j));
+            for (int i = 0; i < 4; ++i)
+                lanes[i][j] = counter.word[i];
         }
-        key0 += PLORA__PHILOX_W0;
-        key1 += PLORA__PHILOX_W1;
-    }
-    for (int j = 0; j < CPU_DRAWS; ++j) {
-        words[4 * j] = c0[j];
-        words[4 * j + 1] = c1[j];
-        words[4 * j + 2] = c2[j];
-        words[4 * j + 3] = c3[j];
+        cpu_vul c[4];
+        memcpy(c, lanes, sizeof c);
+        uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
+        for (int round = 0; round < 10; ++round) {
+            const cpu_vul product0 = cpu_multiply_low(c[0], m0), product1 = cpu_multiply_low(c[2], m1);
+            c[0] = (product1 >> 32) ^ c[1] ^ ((cpu_vul){0} + key0);
+            c[1] = product1;
+            c[2] = (product0 >> 32) ^ c[3] ^ ((cpu_vul){0} + key1);
+            c[3] = product0;
+            key0 += PLORA__PHILOX_W0;
+            key1 += PLORA__PHILOX_W1;
+        }
+        memcpy(lanes, c, sizeof c);
+        for (int j = 0; j < LANES; ++j)
+            for (int i = 0; i < 4; ++i)
+                words[4 * j + i] = (uint32_t)lanes[i][j];
     }
 }
 

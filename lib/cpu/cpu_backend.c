@@ -62,9 +62,13 @@ static plora_status cpu_copy(void *device, void *destination, const void *source
 
 static plora_status cpu_clear(void *device, void *memory, size_t bytes, void *stream)
 {
-    (void)device;
+    enum { PIECE = 1 << 18 };
     (void)stream;
-    if (bytes > 0) memset(memory, 0, bytes);
+    const int threads = cpu_threads_for(device, (double)bytes);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (size_t begin = 0; begin < bytes; begin += PIECE)
+        memset((char *)memory + begin, 0, bytes - begin < PIECE ? bytes - begin : PIECE);
     return PLORA_OK;
 }
 

@@ -33,6 +33,7 @@ typedef uint32_t cpu_vu __attribute__((vector_size(4 * CPU_LANES)));
 typedef uint16_t cpu_vu16 __attribute__((vector_size(4 * CPU_LANES)));
 typedef double cpu_vd __attribute__((vector_size(4 * CPU_LANES)));
 typedef int64_t cpu_vl __attribute__((vector_size(4 * CPU_LANES)));
+typedef uint64_t cpu_vul __attribute__((vector_size(4 * CPU_LANES)));
 typedef float cpu_vh __attribute__((vector_size(2 * CPU_LANES)));
 
 #define CPU_INLINE static inline __attribute__((always_inline))
@@ -121,6 +122,20 @@ CPU_INLINE cpu_vd cpu_max_magnitude_double(cpu_vd maximum, cpu_vd value)
 #else
     const cpu_vl greater = magnitude > maximum;
     return (cpu_vd)(((cpu_vl)magnitude & greater) | ((cpu_vl)maximum & ~greater));
+#endif
+}
+
+/* Lane by lane, the 64-bit product of the lower 32 bits of a and of b. */
+CPU_INLINE cpu_vul cpu_multiply_low(cpu_vul a, cpu_vul b)
+{
+#if CPU_ISA == CPU_ISA_AVX512
+    return (cpu_vul)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif CPU_ISA == CPU_ISA_AVX2
+    return (cpu_vul)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+    return (cpu_vul)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+    return (a & UINT32_MAX) * (b & UINT32_MAX);
 #endif
 }
 
