@@ -69,7 +69,7 @@ static void draws(void **state)
     for (int isa = 0; isa <= cpu_isa(); ++isa)
         for (int round = 0; round < 50; ++round) {
             uint32_t words[4 * CPU_DRAWS];
-            const uint64_t seed = (uint64_t)check_integer(0, INT64_MAX), step = (uint64_t)check_integer(0, INT32_MAX);
+            const uint64_t seed = (uint64_t)check_integer(0, INT64_MAX - 1), step = (uint64_t)check_integer(0, INT32_MAX);
             const uint64_t first =
                 (uint64_t)check_integer(0, 5) + (round % 2 ? UINT32_MAX - 3u : 0); /* past 2^32 too */
             const int32_t layer = (int32_t)check_integer(0, 1000);
@@ -100,7 +100,7 @@ static void dropout(void **state)
                 const struct cpu_convert_kernels *kernels = cpu_convert_kernels(isa);
                 const int64_t count = lengths[length];
                 const uint64_t first = (uint64_t)check_integer(0, 1000);
-                const struct plora__dropout rule = {0.3, (uint64_t)check_integer(0, INT64_MAX), 7, 0, 3};
+                const struct plora__dropout rule = {0.3, (uint64_t)check_integer(0, INT64_MAX - 1), 7, 0, 3};
                 float in[LENGTH_MAX], delta[LENGTH_MAX], out[LENGTH_MAX + GUARD];
                 for (int64_t i = 0; i < count; ++i) {
                     plora__store(in, i, dtype, (float)check_uniform());
