@@ -69,7 +69,8 @@ static void draws(void **state)
     for (int isa = 0; isa <= cpu_isa(); ++isa)
         for (int round = 0; round < 50; ++round) {
             uint32_t words[4 * CPU_DRAWS];
-            const uint64_t seed = (uint64_t)check_integer(0, INT64_MAX - 1), step = (uint64_t)check_integer(0, INT32_MAX);
+            const uint64_t seed = (uint64_t)check_integer(0, INT64_MAX - 1),
+                           step = (uint64_t)check_integer(0, INT32_MAX);
             const uint64_t first =
                 (uint64_t)check_integer(0, 5) + (round % 2 ? UINT32_MAX - 3u : 0); /* past 2^32 too */
             const int32_t layer = (int32_t)check_integer(0, 1000);
