@@ -16,17 +16,23 @@ enum { DEFAULT_WORKSPACE_TOKENS = 1024 };
 
 /* -------------------------------------------------------------------------------------------------- creation and end */
 
-static plora_status check_options(const plora_adapters_options *options)
+plora_status plora__adapters_check_common(const plora_adapters_options *options)
 {
     PLORA_CHECK(options->init == PLORA_INIT_KAIMING_UNIFORM || options->init == PLORA_INIT_GAUSSIAN,
                 PLORA_ERROR_INVALID_ARGUMENT, "init %d is unknown", options->init);
     PLORA_CHECK(options->dropout >= 0.0 && options->dropout < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "dropout is %g: must be in [0, 1)", options->dropout);
+    PLORA_CHECK(options->workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
+                (long long)options->workspace_tokens);
+    return PLORA_OK;
+}
+
+static plora_status check_options(const plora_adapters_options *options)
+{
+    PLORA_TRY(plora__adapters_check_common(options));
     PLORA_CHECK(isfinite(options->alpha), PLORA_ERROR_INVALID_ARGUMENT, "alpha is %g: must be finite", options->alpha);
     PLORA_CHECK(options->rslora == 0 || options->rslora == 1, PLORA_ERROR_INVALID_ARGUMENT,
                 "rslora is %d: must be 0 or 1", options->rslora);
-    PLORA_CHECK(options->workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
-                (long long)options->workspace_tokens);
     PLORA_CHECK(options->override_count >= 0 && (options->override_count == 0 || options->overrides != NULL),
                 PLORA_ERROR_INVALID_ARGUMENT, "override_count is %lld, overrides is %s",
                 (long long)options->override_count, options->overrides == NULL ? "NULL" : "given");

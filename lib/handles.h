@@ -122,6 +122,8 @@ struct plora__adapter_choice {
     int32_t layer, rank;
     double alpha, scale;
 };
+/* adapters.c: the options that adapters need wherever they come from: init, dropout, workspace_tokens. */
+plora_status plora__adapters_check_common(const plora_adapters_options *options);
 /* adapters.c: a set with these adapters, in the order of their weights; not initialised. */
 plora_status plora__adapters_build(plora_model *model, const plora_adapters_options *options,
                                    const struct plora__adapter_choice *choices, int32_t choice_count,

@@ -5,9 +5,8 @@
 #include "handles.h"
 #include "matrix.h"
 
-enum {
-    FEW_TOKENS = 16
-}; /* what the workspace always has room for where a layer has no adapter and operands must be widened */
+/* What the workspace always has room for where a layer has no adapter and operands must be widened. */
+enum { FEW_TOKENS = 16 };
 
 /* ----------------------------------------------------------------------------------------------------------- arguments */
 

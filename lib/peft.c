@@ -310,12 +310,7 @@ plora_status plora_adapters_load(plora_model *model, const char *directory, cons
                                     : "adapters");
     plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
     PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_adapters_options"));
-    PLORA_CHECK(options.init == PLORA_INIT_KAIMING_UNIFORM || options.init == PLORA_INIT_GAUSSIAN,
-                PLORA_ERROR_INVALID_ARGUMENT, "init %d is unknown", options.init);
-    PLORA_CHECK(options.dropout >= 0.0 && options.dropout < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
-                "dropout is %g: must be in [0, 1)", options.dropout);
-    PLORA_CHECK(options.workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
-                (long long)options.workspace_tokens);
+    PLORA_TRY(plora__adapters_check_common(&options));
     struct load load = {.model = model, .file = {.context = model->context}};
     const plora_status status = load_files(&load, directory, &options, adapters);
     plora__safetensors_close(&load.file);
