@@ -17,8 +17,10 @@
  *               from a newer caller is accepted while its unknown tail is zero.
  * Threads       distinct handles may be used concurrently. Calls on one handle, or on handles that share a model, must not
  *               overlap unless a call says otherwise.
- * Streams       `void *stream` is a cudaStream_t for a CUDA context and must be NULL for a CPU context, whose calls are
- *               complete when they return.
+ * Streams       `void *stream` is a cudaStream_t for a CUDA context (NULL: the legacy default stream) and must be NULL for a CPU
+ *               context, whose calls are complete when they return. Calls on one set of adapters use its workspace: they belong
+ *               on one stream, or in an order that the host sees to. Creation, loading and saving wait for the device.
+ *               Linear calls without dropout may be captured in a CUDA graph.
  * Memory        hot calls (linear, optimizer step, unload) allocate nothing of the library's own; see plora_memory_stats().
  *
  * The library never prints, exits, aborts, installs handlers or does work when it is loaded.
@@ -402,7 +404,11 @@ typedef struct plora_step_report {
  *            p <- p (1 - lr wd) - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)          (arXiv 1711.05101)
  *     SGD    m = b1 m + g;  p <- p (1 - lr wd) - lr m
  * gradient_scale is 1 / (loss scale x accumulated micro-batches); it must be finite and > 0. Gradients are left as they are.
- * Errors: NON_FINITE (the gradient norm; nothing has changed, the step is not counted), INVALID_ARGUMENT. @since 0.1 */
+ * A step whose gradient norm is not finite changes nothing and is not counted. On CUDA the call waits for the stream only when
+ * a report is asked for; a step refused without one is told, once, by the next call that waits: a step with a report,
+ * plora_unload() or plora_checkpoint_save(), which then do nothing else.
+ * Errors: NON_FINITE (the gradient norm), INVALID_ARGUMENT; UNSUPPORTED on a stream that is being captured, since the learning
+ * rate and the bias correction belong to one step. @since 0.1 */
 PLORA_API plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_scale,
                                             plora_step_report *report, void *stream);
 
@@ -483,7 +489,8 @@ typedef struct plora_unload_report {
  *     m < 1:  A <- k A, B <- k B         so the function of the model is the same before and after: m + k^2 = 1
  * up to the rounding of W, which the report measures. The gradient arena is set to 0. Asking for a report costs time: the
  * figures are reduced in the same pass over W.
- * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL.
+ * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL. On CUDA the call waits for the stream: it
+ * looks at A and B before it writes; UNSUPPORTED on a stream that is being captured.
  * Everything is checked before the first write: on an error nothing has changed. Errors: NON_FINITE (a value of A or B, or a
  * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT. @since 0.1 */
 PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer,

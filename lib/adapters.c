@@ -104,6 +104,7 @@ plora_status plora_adapters_create(plora_model *model, const plora_adapters_opti
         if (chosen[i] && !excluded[i]) PLORA_TRY_OUT(choose_layer(model, &options, i, &choices[count++]));
     PLORA_TRY_OUT(plora__adapters_build(model, &options, choices, count, &created));
     status = plora__adapters_init(created, NULL);
+    if (status == PLORA_OK) status = context->backend->synchronize(context->device, NULL);
     if (status != PLORA_OK) {
         plora_adapters_destroy(created);
         goto out;
@@ -119,6 +120,11 @@ void plora__adapters_retain(plora_adapters *adapters)
     atomic_fetch_add_explicit(&adapters->references, 1, memory_order_relaxed);
 }
 
+static size_t findings_bytes(const plora_adapters *adapters)
+{
+    return (size_t)adapters->adapter_count * (2 * sizeof(double) + sizeof(struct plora__merge_sums) + sizeof(int64_t));
+}
+
 void plora__adapters_release(plora_adapters *adapters)
 {
     if (atomic_fetch_sub_explicit(&adapters->references, 1, memory_order_acq_rel) != 1) return;
@@ -130,7 +136,9 @@ void plora__adapters_release(plora_adapters *adapters)
     plora__device_free(context, adapters->gradients, arena_bytes);
     plora__device_free(context, adapters->own_workspace, adapters->own_workspace_bytes);
     plora__device_free(context, adapters->merge_workspace, adapters->merge_workspace_bytes);
-    plora__free(context, adapters->segments, 2 * count * sizeof *adapters->segments);
+    plora__device_free(context, adapters->segments, 2 * count * sizeof *adapters->segments);
+    plora__free(context, adapters->findings.magnitudes, findings_bytes(adapters));
+    plora__device_free(context, adapters->device_findings.magnitudes, findings_bytes(adapters));
     plora__free(context, adapters->adapter_of_layer, (size_t)model->layer_count * sizeof *adapters->adapter_of_layer);
     plora__free(context, adapters->adapters, count * sizeof *adapters->adapters);
     pthread_mutex_destroy(&adapters->workspace_lock);
@@ -217,7 +225,6 @@ static plora_status allocate_arenas(plora_adapters *adapters)
 {
     plora_context *context = adapters->model->context;
     const size_t bytes = (size_t)adapters->parameter_count * sizeof(float);
-    const size_t count = (size_t)adapters->adapter_count;
     void *memory;
     PLORA_TRY(plora__device_allocate(context, bytes, &memory));
     adapters->parameters = memory;
@@ -226,17 +233,47 @@ static plora_status allocate_arenas(plora_adapters *adapters)
     PLORA_TRY(context->backend->clear(context->device, adapters->parameters, bytes, NULL));
     PLORA_TRY(context->backend->clear(context->device, adapters->gradients, bytes, NULL));
 
-    PLORA_TRY(plora__allocate(context, 2 * count * sizeof *adapters->segments, &memory));
+    return PLORA_OK;
+}
+
+static plora_status make_segments(plora_adapters *adapters)
+{
+    plora_context *context = adapters->model->context;
+    const size_t bytes = 2 * (size_t)adapters->adapter_count * sizeof *adapters->segments;
+    void *memory;
+    PLORA_TRY(plora__device_allocate(context, bytes, &memory));
     adapters->segments = memory;
+    PLORA_TRY(plora__allocate(context, bytes, &memory));
+    struct plora__segment *segments = memory;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
         const int64_t end = i + 1 < adapters->adapter_count ? adapter[1].a_offset : adapters->parameter_count;
-        adapters->segments[2 * i] =
-            (struct plora__segment){.begin = adapter->a_offset, .end = adapter->b_offset, .is_b = 0};
-        adapters->segments[2 * i + 1] = (struct plora__segment){.begin = adapter->b_offset, .end = end, .is_b = 1};
+        segments[2 * i] = (struct plora__segment){.begin = adapter->a_offset, .end = adapter->b_offset, .is_b = 0};
+        segments[2 * i + 1] = (struct plora__segment){.begin = adapter->b_offset, .end = end, .is_b = 1};
     }
     adapters->segment_count = 2 * adapters->adapter_count;
-    return PLORA_OK;
+    plora_status status = context->backend->copy(context->device, adapters->segments, segments, bytes, NULL);
+    if (status == PLORA_OK) status = context->backend->synchronize(context->device, NULL);
+    plora__free(context, segments, bytes);
+    return status;
+}
+
+static struct plora__findings findings_in(void *memory, int32_t adapter_count)
+{
+    double *magnitudes = memory;
+    struct plora__merge_sums *sums = (struct plora__merge_sums *)(magnitudes + 2 * (size_t)adapter_count);
+    return (struct plora__findings){magnitudes, sums, (int64_t *)(sums + adapter_count)};
+}
+
+static plora_status allocate_findings(plora_adapters *adapters)
+{
+    plora_context *context = adapters->model->context;
+    void *memory;
+    PLORA_TRY(plora__allocate(context, findings_bytes(adapters), &memory));
+    adapters->findings = findings_in(memory, adapters->adapter_count);
+    PLORA_TRY(plora__device_allocate(context, findings_bytes(adapters), &memory));
+    adapters->device_findings = findings_in(memory, adapters->adapter_count);
+    return context->backend->clear(context->device, memory, findings_bytes(adapters), NULL);
 }
 
 static plora_status allocate_scratch(plora_adapters *adapters)
@@ -286,6 +323,8 @@ plora_status plora__adapters_build(plora_model *model, const plora_adapters_opti
     created->adapter_of_layer = memory;
     PLORA_TRY_OUT(place_adapters(created, choices, choice_count));
     PLORA_TRY_OUT(allocate_arenas(created));
+    PLORA_TRY_OUT(make_segments(created));
+    PLORA_TRY_OUT(allocate_findings(created));
     PLORA_TRY_OUT(allocate_scratch(created));
     *adapters = created;
     return PLORA_OK;

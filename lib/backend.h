@@ -3,8 +3,9 @@
  *     public call -> check once, fill an argument struct -> plora_backend table -> launcher -> kernel
  *
  * One table per backend (cpu/cpu_backend.c; CUDA's in cuda/), listed in backends.c. Compute entries take raw pointers and
- * shapes that were already checked, enqueue on `stream`, and never allocate: what they need beyond their operands is in
- * `workspace`. Handles stop above this line. The naive version of each operation, which both backends are tested against, is in
+ * shapes that were already checked, enqueue on `stream`, and never allocate or wait: what they need beyond their operands is in
+ * `workspace`, and what they find out is written to memory of the device, from where the caller copies it when it wants to wait.
+ * Handles stop above this line. The naive version of each operation, which both backends are tested against, is in
  * tests/reference.c. All pointers are memory of the backend's device unless said otherwise. */
 #ifndef PLORA_BACKEND_H
 #define PLORA_BACKEND_H
@@ -59,6 +60,12 @@ struct plora__segment {
     int32_t reserved;
 };
 
+/* What a step leaves behind. */
+struct plora__step_state {
+    double norm;     /* of the scaled gradients; inf or NaN when one of them is */
+    int64_t refused; /* += 1 when it is: then nothing else was changed */
+};
+
 struct plora__step_args {
     int32_t algorithm;
     int32_t segment_count;
@@ -67,15 +74,26 @@ struct plora__step_args {
     const float *gradients;
     float *first_moment;
     float *second_moment;                  /* NULL for SGD */
-    const struct plora__segment *segments; /* host memory; they cover [0, count) in order */
-    double learning_rate[2];               /* of A, of B */
+    const struct plora__segment *segments; /* they cover [0, count) in order */
+    struct plora__step_state *state;
+    double learning_rate[2]; /* of A, of B */
     double weight_decay, beta1, beta2, epsilon;
     double bias_correction1, bias_correction2; /* 1 - beta^t */
-    double gradient_factor;                    /* gradient_scale * clip coefficient */
+    double gradient_scale;
+    double max_norm; /* 0 = no clipping; else the gradients are scaled down to it */
+    void *workspace; /* 64-byte aligned, step_workspace() bytes, zero before the first step */
+};
+
+/* The largest |value| of each segment of an arena, +inf when one is inf or NaN. */
+struct plora__magnitude_args {
+    const float *values;
+    const struct plora__segment *segments;
+    double *magnitudes; /* [segment_count] */
+    int32_t segment_count;
 };
 
 /* W += m s B A on one weight, seen as W[rows, columns] += factor * left[rows, R] right[R, columns]:
- * left = B, right = A, or with fan_in_fan_out left = A^T, right = B^T. */
+ * left = B, right = A, or with fan_in_fan_out left = A^T, right = B^T. The sum is formed in fp32 and rounded once. */
 struct plora__merge_args {
     plora_matrix weight;
     int64_t rank;
@@ -85,9 +103,9 @@ struct plora__merge_args {
     int64_t left_row_stride, left_rank_stride; /* left(i, r) = left[i * left_row_stride + r * left_rank_stride] */
     const float *right;
     int64_t right_rank_stride, right_column_stride;
-    struct plora__merge_sums *sums; /* host memory; NULL = no report */
-    /* Host memory; not NULL: a trial. W stays as it is, and this becomes the number of finite elements of W that the merge
-     * would make infinite or NaN. */
+    struct plora__merge_sums *sums; /* NULL = no report */
+    /* Not NULL: a trial. W stays as it is, and this becomes the number of finite elements of W that the merge would make
+     * infinite or NaN. */
     int64_t *overflows;
     void *workspace; /* 64-byte aligned, merge_workspace() bytes */
 };
@@ -109,6 +127,7 @@ struct plora__host_memory {
 
 struct plora_backend {
     const char *name;
+    int32_t asynchronous; /* 0: every call is complete when it returns */
 
     /* device is the backend's own state. On failure the message names the cause. */
     plora_status (*open)(const plora_context_options *options, const struct plora__host_memory *memory, void **device);
@@ -119,7 +138,10 @@ struct plora_backend {
     /* In any direction. */
     plora_status (*copy)(void *device, void *destination, const void *source, size_t bytes, void *stream);
     plora_status (*clear)(void *device, void *memory, size_t bytes, void *stream);
+    /* Waits for the stream, NULL = for all work of the device. */
     plora_status (*synchronize)(void *device, void *stream);
+    /* Whether calls may be put on the stream; with `waits`, calls that wait for it, or that a CUDA graph could not repeat. */
+    plora_status (*check_stream)(void *device, void *stream, int waits);
 
     plora_status (*init_adapter)(void *device, const struct plora__init_args *args, void *stream);
 
@@ -128,15 +150,14 @@ struct plora_backend {
     plora_status (*linear_forward)(void *device, const struct plora__linear_args *args, void *stream);
     plora_status (*linear_backward)(void *device, const struct plora__linear_args *args, void *stream);
 
-    /* Sum of squares of [count] values, in a fixed order; inf or NaN when any value is. Result in host memory. */
-    plora_status (*sum_of_squares)(void *device, const float *values, int64_t count, double *result, void *stream);
+    /* Only `count` is read. */
+    size_t (*step_workspace)(void *device, const struct plora__step_args *args);
     plora_status (*optimizer_step)(void *device, const struct plora__step_args *args, void *stream);
     /* values *= factor */
     plora_status (*scale)(void *device, float *values, int64_t count, float factor, void *stream);
 
+    plora_status (*magnitudes)(void *device, const struct plora__magnitude_args *args, void *stream);
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
-    /* The largest |value| of a matrix, +inf when one is inf or NaN. Result in host memory. */
-    plora_status (*max_magnitude)(void *device, const plora_matrix *matrix, double *result, void *stream);
     plora_status (*merge)(void *device, const struct plora__merge_args *args, void *stream);
 };
 

@@ -200,6 +200,8 @@ plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *op
     PLORA_TRY_OUT(describe(&description, adapters, optimizer));
     PLORA_TRY_OUT(list_tensors(adapters, optimizer, (flags & PLORA_CHECKPOINT_WEIGHTS) != 0, &tensors));
     PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
+    double norm;
+    if (optimizer != NULL) PLORA_TRY_OUT(plora__optimizer_settle(optimizer, 0, &norm, NULL));
     status =
         plora__safetensors_write(context, path, tensors.list, tensors.count, description.entries, description.count);
 out:
@@ -391,6 +393,8 @@ plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *op
     PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), &tensors));
     PLORA_TRY_OUT(check_all(&file, &tensors));
     PLORA_TRY_OUT(copy_all(context, &file, &tensors));
+    if (optimizer != NULL)
+        PLORA_TRY_OUT(context->backend->clear(context->device, optimizer->state, sizeof *optimizer->state, NULL));
     set_state(adapters, optimizer, &state);
 out:
     plora__free(context, tensors.block, tensors.bytes);

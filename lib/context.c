@@ -102,7 +102,7 @@ void plora_context_destroy(plora_context *context)
 plora_status plora_synchronize(plora_context *context, void *stream)
 {
     PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
-    PLORA_TRY(plora__check_stream(context, stream));
+    PLORA_TRY(plora__check_stream(context, stream, 1));
     return context->backend->synchronize(context->device, stream);
 }
 
@@ -117,11 +117,16 @@ plora_status plora_memory_stats(const plora_context *context, plora_memory_stati
     return plora__write_result(statistics, &result, sizeof result, "plora_memory_statistics");
 }
 
-plora_status plora__check_stream(const plora_context *context, const void *stream)
+plora_status plora__check_stream(const plora_context *context, void *stream, int waits)
 {
-    PLORA_CHECK(stream == NULL || context->options.backend != PLORA_BACKEND_CPU, PLORA_ERROR_INVALID_ARGUMENT,
-                "stream is %p: must be NULL for the CPU backend", stream);
-    return PLORA_OK;
+    return context->backend->check_stream(context->device, stream, waits);
+}
+
+plora_status plora__read_device(const plora_context *context, void *host, const void *device, size_t bytes,
+                                void *stream)
+{
+    PLORA_TRY(context->backend->copy(context->device, host, device, bytes, stream));
+    return context->backend->synchronize(context->device, stream);
 }
 
 static void count_allocation(plora_context *context, size_t bytes)

@@ -38,8 +38,11 @@ void plora__free_string(plora_context *context, char *text);
 void plora__log(const plora_context *context, int32_t level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
-/* A CPU context has no streams. */
-plora_status plora__check_stream(const plora_context *context, const void *stream);
+/* As the backend's check_stream. */
+plora_status plora__check_stream(const plora_context *context, void *stream, int waits);
+/* Copies from device memory to the host, and waits for it. */
+plora_status plora__read_device(const plora_context *context, void *host, const void *device, size_t bytes,
+                                void *stream);
 
 void plora__context_retain(plora_context *context);
 void plora__context_release(plora_context *context);
@@ -88,14 +91,21 @@ struct plora__adapter {
     int64_t a_offset, b_offset;
 };
 
+/* What the backend finds out about the adapters in an unload: arrays in one block of memory, in this order. */
+struct plora__findings {
+    double *magnitudes;             /* [2 adapter_count]: max |A|, max |B| of each */
+    struct plora__merge_sums *sums; /* [adapter_count] */
+    int64_t *overflows;             /* [adapter_count] */
+};
+
 struct plora_adapters {
     atomic_int references;
     plora_model *model;
     plora_adapters_options options; /* targets, exclude, overrides are not kept: NULL */
     struct plora__adapter *adapters;
     int32_t adapter_count;
-    int32_t *adapter_of_layer; /* [layer_count of the model], -1 = none */
-    struct plora__segment *segments;
+    int32_t *adapter_of_layer;       /* [layer_count of the model], -1 = none */
+    struct plora__segment *segments; /* device: A and B of each adapter */
     int32_t segment_count;
     float *parameters, *gradients; /* device arenas */
     int64_t parameter_count;
@@ -106,6 +116,7 @@ struct plora_adapters {
     size_t own_workspace_bytes, workspace_bytes;
     void *merge_workspace; /* device */
     size_t merge_workspace_bytes;
+    struct plora__findings findings, device_findings; /* of an unload; the same layout on the host and on the device */
 };
 
 /* unload.c: what the backend is to merge for adapter `number` at momentum 1, without sums. */
@@ -133,14 +144,20 @@ struct plora_optimizer {
     plora_adapters *adapters;
     plora_optimizer_options options;
     float *first_moment, *second_moment; /* device */
-    int64_t step;                        /* since the last reset: bias correction */
-    int64_t schedule_step;               /* since the schedule's last restart */
-    int64_t total_steps;                 /* never reset */
-    int64_t last_unload_step;            /* total_steps at the last unload, -1 = none: RELORA's re-warm-up */
+    struct plora__step_state *state;     /* device */
+    void *workspace;                     /* device */
+    size_t workspace_bytes;
+    int64_t step;             /* since the last reset: bias correction */
+    int64_t schedule_step;    /* since the schedule's last restart */
+    int64_t total_steps;      /* never reset */
+    int64_t last_unload_step; /* total_steps at the last unload, -1 = none: RELORA's re-warm-up */
 };
 
 /* schedule.c: the factor on learning_rate for the optimizer's next step. */
 double plora__schedule_factor(const struct plora_optimizer *optimizer);
+/* optimizer.c: waits for the steps so far. When some were refused, takes them back from the counters and says so, once: `pending`
+ * of them are not counted yet. */
+plora_status plora__optimizer_settle(struct plora_optimizer *optimizer, int64_t pending, double *norm, void *stream);
 /* optimizer.c: the optimizer's part of an unload: moments reset or scaled, counters restarted, as MOMENTS_RESET / _KEEP says. */
 plora_status plora__optimizer_unload(struct plora_optimizer *optimizer, int32_t moments, double momentum, void *stream);
 

@@ -110,7 +110,8 @@ static plora_status check_call(const plora_adapters *adapters, int32_t layer, co
     PLORA_CHECK(layer >= 0 && layer < model->layer_count, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer %d: the model has layers 0 .. %d", layer, model->layer_count - 1);
     PLORA_CHECK((flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "unknown flags 0x%x", flags & ~known_flags);
-    PLORA_TRY(plora__check_stream(model->context, stream));
+    /* A repeated graph would repeat one dropout mask. */
+    PLORA_TRY(plora__check_stream(model->context, stream, (flags & PLORA_LINEAR_DROPOUT) != 0));
     const struct plora__layer *found = &model->layers[layer];
     PLORA_TRY(check_matrix(x, "x", found->name, x->rows, found->in_features));
     return check_matrix(y, y_name, found->name, x->rows, found->out_features);

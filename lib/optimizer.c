@@ -60,10 +60,11 @@ static plora_context *context_of(const struct plora_optimizer *optimizer)
     return optimizer->adapters->model->context;
 }
 
-static plora_status clear_moments(struct plora_optimizer *optimizer, void *stream)
+static plora_status clear_state(struct plora_optimizer *optimizer, void *stream)
 {
     const plora_context *context = context_of(optimizer);
     const size_t bytes = moment_bytes(optimizer);
+    PLORA_TRY(context->backend->clear(context->device, optimizer->state, sizeof *optimizer->state, stream));
     PLORA_TRY(context->backend->clear(context->device, optimizer->first_moment, bytes, stream));
     if (optimizer->second_moment != NULL)
         PLORA_TRY(context->backend->clear(context->device, optimizer->second_moment, bytes, stream));
@@ -95,7 +96,15 @@ plora_status plora_optimizer_create(plora_adapters *adapters, const plora_optimi
         PLORA_TRY_OUT(plora__device_allocate(context, moment_bytes(made), &memory));
         made->second_moment = memory;
     }
-    PLORA_TRY_OUT(clear_moments(made, NULL));
+    PLORA_TRY_OUT(plora__device_allocate(context, sizeof *made->state, &memory));
+    made->state = memory;
+    const struct plora__step_args shape = {.count = adapters->parameter_count};
+    made->workspace_bytes = context->backend->step_workspace(context->device, &shape);
+    PLORA_TRY_OUT(plora__device_allocate(context, made->workspace_bytes, &made->workspace));
+    if (made->workspace_bytes > 0)
+        PLORA_TRY_OUT(context->backend->clear(context->device, made->workspace, made->workspace_bytes, NULL));
+    PLORA_TRY_OUT(clear_state(made, NULL));
+    PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
     *optimizer = made;
     return PLORA_OK;
 out:
@@ -109,27 +118,28 @@ void plora_optimizer_destroy(plora_optimizer *optimizer)
     plora_adapters *adapters = optimizer->adapters;
     plora_context *context = context_of(optimizer);
     const size_t bytes = moment_bytes(optimizer);
-    if (optimizer->first_moment != NULL) plora__device_free(context, optimizer->first_moment, bytes);
-    if (optimizer->second_moment != NULL) plora__device_free(context, optimizer->second_moment, bytes);
+    plora__device_free(context, optimizer->first_moment, bytes);
+    plora__device_free(context, optimizer->second_moment, bytes);
+    plora__device_free(context, optimizer->state, sizeof *optimizer->state);
+    plora__device_free(context, optimizer->workspace, optimizer->workspace_bytes);
     plora__free(context, optimizer, sizeof *optimizer);
     plora__adapters_release(adapters);
 }
 
-/* The norm of the scaled gradients, and the factor on them: gradient_scale, clipped. */
-static plora_status gradient_factor(const struct plora_optimizer *optimizer, double gradient_scale, double *norm,
-                                    double *factor, void *stream)
+plora_status plora__optimizer_settle(struct plora_optimizer *optimizer, int64_t pending, double *norm, void *stream)
 {
-    const plora_adapters *adapters = optimizer->adapters;
     const plora_context *context = context_of(optimizer);
-    double sum = 0.0;
-    PLORA_TRY(context->backend->sum_of_squares(context->device, adapters->gradients, adapters->parameter_count, &sum,
-                                               stream));
-    *norm = sqrt(sum) * gradient_scale;
-    PLORA_CHECK(isfinite(*norm), PLORA_ERROR_NON_FINITE, "the gradient norm is %g (gradient_scale %g)", *norm,
-                gradient_scale);
-    const double limit = optimizer->options.max_gradient_norm;
-    *factor = limit > 0.0 && *norm > limit ? gradient_scale * (limit / *norm) : gradient_scale;
-    return PLORA_OK;
+    struct plora__step_state state;
+    PLORA_TRY(plora__read_device(context, &state, optimizer->state, sizeof state, stream));
+    *norm = state.norm;
+    if (state.refused == 0) return PLORA_OK;
+    PLORA_TRY(context->backend->clear(context->device, optimizer->state, sizeof state, stream));
+    const int64_t counted = state.refused - pending;
+    optimizer->step -= counted;
+    optimizer->schedule_step -= counted;
+    optimizer->total_steps -= counted;
+    return plora__fail(PLORA_ERROR_NON_FINITE, "%lld optimizer step%s changed nothing: the gradient norm was last %g",
+                       (long long)state.refused, state.refused == 1 ? "" : "s", state.norm);
 }
 
 plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_scale, plora_step_report *report,
@@ -138,15 +148,13 @@ plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_sc
     PLORA_CHECK(optimizer != NULL, PLORA_ERROR_INVALID_ARGUMENT, "optimizer is NULL");
     PLORA_CHECK(isfinite(gradient_scale) && gradient_scale > 0.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "gradient_scale is %g: must be finite and > 0", gradient_scale);
-    PLORA_TRY(plora__check_stream(context_of(optimizer), stream));
+    PLORA_TRY(plora__check_stream(context_of(optimizer), stream, 1));
     plora_step_report result = PLORA_STEP_REPORT_INIT;
     PLORA_TRY(plora__read_options(&result, sizeof result, report, "plora_step_report"));
 
     const plora_optimizer_options *options = &optimizer->options;
     const plora_adapters *adapters = optimizer->adapters;
     const plora_context *context = context_of(optimizer);
-    double factor = 0.0;
-    PLORA_TRY(gradient_factor(optimizer, gradient_scale, &result.gradient_norm, &factor, stream));
     result.step = optimizer->step + 1;
     result.learning_rate = plora_optimizer_learning_rate(optimizer);
     const struct plora__step_args args = {
@@ -158,6 +166,7 @@ plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_sc
         .first_moment = optimizer->first_moment,
         .second_moment = optimizer->second_moment,
         .segments = adapters->segments,
+        .state = optimizer->state,
         .learning_rate = {result.learning_rate, result.learning_rate * options->b_ratio},
         .weight_decay = options->weight_decay,
         .beta1 = options->beta1,
@@ -165,9 +174,13 @@ plora_status plora_optimizer_step(plora_optimizer *optimizer, double gradient_sc
         .epsilon = options->epsilon,
         .bias_correction1 = 1.0 - pow(options->beta1, (double)result.step),
         .bias_correction2 = 1.0 - pow(options->beta2, (double)result.step),
-        .gradient_factor = factor,
+        .gradient_scale = gradient_scale,
+        .max_norm = options->max_gradient_norm,
+        .workspace = optimizer->workspace,
     };
     PLORA_TRY(context->backend->optimizer_step(context->device, &args, stream));
+    if (report != NULL || !context->backend->asynchronous)
+        PLORA_TRY(plora__optimizer_settle(optimizer, 1, &result.gradient_norm, stream));
     optimizer->step++;
     optimizer->schedule_step++;
     optimizer->total_steps++;
@@ -178,7 +191,7 @@ plora_status plora_optimizer_zero_gradients(plora_optimizer *optimizer, void *st
 {
     PLORA_CHECK(optimizer != NULL, PLORA_ERROR_INVALID_ARGUMENT, "optimizer is NULL");
     const plora_context *context = context_of(optimizer);
-    PLORA_TRY(plora__check_stream(context, stream));
+    PLORA_TRY(plora__check_stream(context, stream, 0));
     return context->backend->clear(context->device, optimizer->adapters->gradients, moment_bytes(optimizer), stream);
 }
 
@@ -201,8 +214,8 @@ plora_status plora_optimizer_state(plora_optimizer *optimizer, float **first_mom
 plora_status plora_optimizer_reset(plora_optimizer *optimizer, void *stream)
 {
     PLORA_CHECK(optimizer != NULL, PLORA_ERROR_INVALID_ARGUMENT, "optimizer is NULL");
-    PLORA_TRY(plora__check_stream(context_of(optimizer), stream));
-    PLORA_TRY(clear_moments(optimizer, stream));
+    PLORA_TRY(plora__check_stream(context_of(optimizer), stream, 1));
+    PLORA_TRY(clear_state(optimizer, stream));
     optimizer->step = 0;
     optimizer->schedule_step = 0;
     return PLORA_OK;

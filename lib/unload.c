@@ -51,41 +51,82 @@ static double harmless(int32_t dtype)
     return dtype == PLORA_F32 ? 0x1p102 : dtype == PLORA_BF16 ? 0x1p118 : 8.0;
 }
 
-static plora_status max_magnitude(const plora_adapters *adapters, const struct plora__adapter *adapter, int is_b,
-                                  double *result, void *stream)
+/* Brings what the backend found out so far to adapters->findings. */
+static plora_status fetch(const plora_adapters *adapters, void *stream)
 {
-    const plora_context *context = adapters->model->context;
-    const int64_t rows = is_b ? adapter->out_features : adapter->rank;
-    const int64_t columns = is_b ? adapter->rank : adapter->in_features;
-    const plora_matrix matrix = {
-        adapters->parameters + (is_b ? adapter->b_offset : adapter->a_offset), rows, columns, columns, PLORA_F32, 0};
-    PLORA_TRY(context->backend->max_magnitude(context->device, &matrix, result, stream));
-    PLORA_CHECK(isfinite(*result), PLORA_ERROR_NON_FINITE,
-                "layer '%s': %s holds an infinite value or NaN, nothing was merged", name_of(adapters, adapter),
-                is_b ? "B" : "A");
+    const struct plora__findings *here = &adapters->findings, *there = &adapters->device_findings;
+    const size_t bytes = (size_t)((char *)(here->overflows + adapters->adapter_count) - (char *)here->magnitudes);
+    return plora__read_device(adapters->model->context, here->magnitudes, there->magnitudes, bytes, stream);
+}
+
+static struct plora__merge_args merge_args(const plora_adapters *adapters, int32_t number, double momentum)
+{
+    struct plora__merge_args args = plora__merge_args(adapters, number);
+    args.factor = (float)(momentum * adapters->adapters[number].scale);
+    return args;
+}
+
+/* Whether no weight can overflow, of whatever value: |D| <= R |m s| max|A| max|B|. */
+static int is_harmless(const plora_adapters *adapters, int32_t number, double momentum)
+{
+    const struct plora__merge_args args = merge_args(adapters, number, momentum);
+    const double a = adapters->findings.magnitudes[2 * number], b = adapters->findings.magnitudes[2 * number + 1];
+    const double rounding = 1.0 + (double)args.rank * 0x1p-22; /* of the fp32 sums */
+    const double largest_sum = (double)args.rank * a * b * rounding;
+    return largest_sum < 0x1p126 && largest_sum * fabs((double)args.factor) < harmless(args.weight.dtype);
+}
+
+static plora_status check_finite(const plora_adapters *adapters)
+{
+    for (int32_t i = 0; i < 2 * adapters->adapter_count; ++i)
+        PLORA_CHECK(isfinite(adapters->findings.magnitudes[i]), PLORA_ERROR_NON_FINITE,
+                    "layer '%s': %s holds an infinite value or NaN, nothing was merged",
+                    name_of(adapters, &adapters->adapters[i / 2]), i % 2 ? "B" : "A");
     return PLORA_OK;
 }
 
-static plora_status check_adapter(const plora_adapters *adapters, int32_t number, double momentum, void *stream)
+/* Goes through the merges of doubt without writing. */
+static plora_status check_overflow(const plora_adapters *adapters, double momentum, void *stream)
 {
     const plora_context *context = adapters->model->context;
-    const struct plora__adapter *adapter = &adapters->adapters[number];
-    struct plora__merge_args args = plora__merge_args(adapters, number);
-    args.factor = (float)(momentum * adapter->scale);
-    double a = 0.0, b = 0.0;
-    PLORA_TRY(max_magnitude(adapters, adapter, 0, &a, stream));
-    PLORA_TRY(max_magnitude(adapters, adapter, 1, &b, stream));
-    const double rounding = 1.0 + (double)adapter->rank * 0x1p-22; /* of the fp32 sums */
-    const double largest_sum = (double)adapter->rank * a * b * rounding;
-    if (largest_sum < 0x1p126 && largest_sum * fabs((double)args.factor) < harmless(args.weight.dtype)) return PLORA_OK;
-    int64_t overflows = 0;
-    args.overflows = &overflows;
-    PLORA_TRY(context->backend->merge(context->device, &args, stream));
-    PLORA_CHECK(overflows == 0, PLORA_ERROR_NON_FINITE,
-                "layer '%s': %lld of %lld weights would overflow %s (max|A| %g, max|B| %g, m s %g), nothing was merged",
-                name_of(adapters, adapter), (long long)overflows, (long long)(args.weight.rows * args.weight.columns),
-                plora__dtype_name(args.weight.dtype), a, b, (double)args.factor);
+    int doubts = 0;
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        if (is_harmless(adapters, i, momentum)) continue;
+        struct plora__merge_args args = merge_args(adapters, i, momentum);
+        args.overflows = adapters->device_findings.overflows + i;
+        PLORA_TRY(context->backend->merge(context->device, &args, stream));
+        doubts++;
+    }
+    if (doubts == 0) return PLORA_OK;
+    PLORA_TRY(fetch(adapters, stream));
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const int64_t overflows = adapters->findings.overflows[i];
+        if (is_harmless(adapters, i, momentum) || overflows == 0) continue;
+        const struct plora__merge_args args = merge_args(adapters, i, momentum);
+        return plora__fail(
+            PLORA_ERROR_NON_FINITE,
+            "layer '%s': %lld of %lld weights would overflow %s (max|A| %g, max|B| %g, m s %g), nothing was merged",
+            name_of(adapters, &adapters->adapters[i]), (long long)overflows,
+            (long long)(args.weight.rows * args.weight.columns), plora__dtype_name(args.weight.dtype),
+            adapters->findings.magnitudes[2 * i], adapters->findings.magnitudes[2 * i + 1], (double)args.factor);
+    }
     return PLORA_OK;
+}
+
+/* Everything that can be wrong with the values, before the first of them is written. */
+static plora_status check_values(const plora_adapters *adapters, double momentum, void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    const struct plora__magnitude_args args = {
+        .values = adapters->parameters,
+        .segments = adapters->segments,
+        .magnitudes = adapters->device_findings.magnitudes,
+        .segment_count = adapters->segment_count,
+    };
+    PLORA_TRY(context->backend->magnitudes(context->device, &args, stream));
+    PLORA_TRY(fetch(adapters, stream));
+    PLORA_TRY(check_finite(adapters));
+    return check_overflow(adapters, momentum, stream);
 }
 
 static double root_mean(double sum, double elements)
@@ -110,32 +151,35 @@ static struct plora_unload_layer layer_figures(const struct plora__adapter *adap
     };
 }
 
-static plora_status merge_all(const plora_adapters *adapters, double momentum, plora_unload_report *report,
-                              void *stream)
+static plora_status merge_all(const plora_adapters *adapters, double momentum, int with_sums, void *stream)
 {
     const plora_context *context = adapters->model->context;
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        struct plora__merge_args args = merge_args(adapters, i, momentum);
+        if (with_sums) args.sums = adapters->device_findings.sums + i;
+        PLORA_TRY(context->backend->merge(context->device, &args, stream));
+    }
+    return with_sums ? fetch(adapters, stream) : PLORA_OK;
+}
+
+static void fill_report(const plora_adapters *adapters, double momentum, plora_unload_report *report)
+{
     struct plora__merge_sums total = {.effective_rank = 0};
     double all_elements = 0.0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
-        struct plora__merge_args args = plora__merge_args(adapters, i);
-        args.factor = (float)(momentum * adapter->scale);
-        struct plora__merge_sums sums = {.effective_rank = 0};
-        args.sums = report != NULL ? &sums : NULL;
-        PLORA_TRY(context->backend->merge(context->device, &args, stream));
-        if (report == NULL) continue;
-        const double elements = (double)args.weight.rows * (double)args.weight.columns;
-        const plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, &sums, elements);
+        const struct plora__merge_sums *sums = &adapters->findings.sums[i];
+        const double elements = (double)adapter->in_features * (double)adapter->out_features;
+        const plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, sums, elements);
         if (report->layers != NULL && i < report->layer_capacity) report->layers[i] = layer;
         all_elements += elements;
-        total.dd += sums.dd;
-        total.gd += sums.gd;
-        total.ww += sums.ww;
-        total.changed += sums.changed;
-        total.lost_max = fmax(total.lost_max, sums.lost_max);
-        total.effective_rank += sums.effective_rank;
+        total.dd += sums->dd;
+        total.gd += sums->gd;
+        total.ww += sums->ww;
+        total.changed += sums->changed;
+        total.lost_max = fmax(total.lost_max, sums->lost_max);
+        total.effective_rank += sums->effective_rank;
     }
-    if (report == NULL) return PLORA_OK;
     report->stage = adapters->stage;
     report->weights = adapters->adapter_count;
     report->update_rms = root_mean(total.dd, all_elements);
@@ -144,7 +188,6 @@ static plora_status merge_all(const plora_adapters *adapters, double momentum, p
     report->changed = all_elements > 0.0 ? total.changed / all_elements : 0.0;
     report->lost_max = total.lost_max;
     report->effective_rank = adapters->adapter_count > 0 ? total.effective_rank / adapters->adapter_count : 0.0;
-    return PLORA_OK;
 }
 
 static plora_status check_options(const plora_adapters *adapters, const plora_optimizer *optimizer,
@@ -186,14 +229,16 @@ plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, 
     PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_unload_options"));
     PLORA_TRY(plora__read_options(&result, sizeof result, report, "plora_unload_report"));
     PLORA_TRY(check_options(adapters, optimizer, &options));
-    PLORA_TRY(plora__check_stream(adapters->model->context, stream));
+    PLORA_TRY(plora__check_stream(adapters->model->context, stream, 1));
     PLORA_CHECK(result.layer_capacity >= 0 && (result.layers != NULL || result.layer_capacity == 0),
                 PLORA_ERROR_INVALID_ARGUMENT, "layer_capacity is %lld, layers is %s", (long long)result.layer_capacity,
                 result.layers == NULL ? "NULL" : "not NULL");
-    for (int32_t i = 0; i < adapters->adapter_count; ++i)
-        PLORA_TRY(check_adapter(adapters, i, options.momentum, stream));
+    double norm;
+    if (optimizer != NULL) PLORA_TRY(plora__optimizer_settle(optimizer, 0, &norm, stream));
+    PLORA_TRY(check_values(adapters, options.momentum, stream));
 
-    PLORA_TRY(merge_all(adapters, options.momentum, report != NULL ? &result : NULL, stream));
+    PLORA_TRY(merge_all(adapters, options.momentum, report != NULL, stream));
+    if (report != NULL) fill_report(adapters, options.momentum, &result);
     PLORA_TRY(restart(adapters, options.momentum, stream));
     if (optimizer != NULL) PLORA_TRY(plora__optimizer_unload(optimizer, options.moments, options.momentum, stream));
     return report == NULL ? PLORA_OK : plora__write_result(report, &result, sizeof result, "plora_unload_report");

@@ -44,7 +44,7 @@ static struct plora__step_args random_args(struct arenas *arenas, int64_t count,
     const int64_t t = check_integer(1, 20);
     args.bias_correction1 = 1 - pow(args.beta1, (double)t);
     args.bias_correction2 = 1 - pow(args.beta2, (double)t);
-    args.gradient_factor = 0.25 + fabs(check_uniform());
+    args.gradient_scale = 0.25 + fabs(check_uniform());
     return args;
 }
 
@@ -54,7 +54,7 @@ static void check_element_step(const struct plora__step_args *args, const struct
                                const struct arenas *after, int64_t i, int is_b, int isa)
 {
     const double e = 0x1p-24, tiny = 0x1p-147, rate = args->learning_rate[is_b];
-    const double g = before->g[i] * args->gradient_factor, p = before->p[i] * (1 - rate * args->weight_decay);
+    const double g = before->g[i] * args->gradient_scale, p = before->p[i] * (1 - rate * args->weight_decay);
     if (args->algorithm == PLORA_OPTIMIZER_SGD) {
         const double m = args->beta1 * before->m[i] + g,
                      m_error = 3.01 * e * (fabs(args->beta1 * before->m[i]) + fabs(g)) + tiny;
@@ -89,7 +89,7 @@ static void test_step_kernels(void **state)
                 fill(start, MOST);
                 *after = *start;
                 struct plora__step_args args = random_args(after, counts[c], algorithm, segments);
-                cpu_optimizer_step_with(cpu_optimizer_kernels(isa), 2, &args);
+                cpu_optimizer_update_with(cpu_optimizer_kernels(isa), 2, &args, args.gradient_scale);
                 for (int32_t s = 0; s < args.segment_count; ++s)
                     for (int64_t i = segments[s].begin; i < segments[s].end; ++i)
                         check_element_step(&args, start, after, i, segments[s].is_b, isa);
@@ -105,7 +105,7 @@ static void test_step_kernels(void **state)
                     args.gradients = again->g;
                     args.first_moment = again->m;
                     if (args.second_moment != NULL) args.second_moment = again->v;
-                    cpu_optimizer_step_with(cpu_optimizer_kernels(isa), threads, &args);
+                    cpu_optimizer_update_with(cpu_optimizer_kernels(isa), threads, &args, args.gradient_scale);
                     CHECK(memcmp(again, after, sizeof *after) == 0, "bits differ with %d threads, level %d", threads,
                           isa);
                 }

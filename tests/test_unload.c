@@ -258,28 +258,41 @@ static void test_merge_rounding(void **state)
             }
 }
 
-static void test_max_magnitude(void **state)
+static void test_magnitudes(void **state)
 {
     (void)state;
     check_reseed(4);
+    enum { SEGMENTS = 5 };
     for (int isa = 0; isa <= cpu_isa(); ++isa)
-        for (int32_t dtype = PLORA_F32; dtype <= PLORA_F16; ++dtype)
-            for (int kind = 0; kind < 4; ++kind) {
-                const int64_t rows = check_integer(1, 9), columns = check_integer(1, 150);
-                struct check_matrix matrix = check_matrix_new(rows, columns, columns + check_integer(0, 5), dtype);
-                check_matrix_random(&matrix, 100);
-                double want = 0;
-                for (int64_t i = 0; i < rows; ++i)
-                    for (int64_t j = 0; j < columns; ++j)
-                        want = fmax(want, fabs(check_element(&matrix.m, i, j)));
-                const int64_t at = check_integer(0, rows - 1) * matrix.m.stride + check_integer(0, columns - 1);
-                if (kind > 0)
-                    plora__store(matrix.m.data, at, dtype, kind == 1 ? NAN : kind == 2 ? INFINITY : -INFINITY);
-                const double got = cpu_max_magnitude_with(cpu_merge_kernels(isa), 2, &matrix.m);
-                CHECK(got == (kind > 0 ? INFINITY : want), "level %d, dtype %d, kind %d: %g, want %g", isa, dtype, kind,
-                      got, want);
-                check_matrix_free(&matrix);
+        for (int kind = 0; kind < 4; ++kind) {
+            struct plora__segment segments[SEGMENTS];
+            double want[SEGMENTS] = {0}, got[SEGMENTS];
+            int64_t count = 0;
+            for (int i = 0; i < SEGMENTS; ++i) {
+                const int64_t end = count + check_integer(1, 300);
+                segments[i] = (struct plora__segment){count, end, i % 2, 0};
+                count = end;
             }
+            float *values = malloc((size_t)count * sizeof *values);
+            CHECK(values != NULL, "the test itself is out of memory");
+            for (int i = 0; i < SEGMENTS; ++i)
+                for (int64_t at = segments[i].begin; at < segments[i].end; ++at) {
+                    values[at] = (float)(100 * check_uniform());
+                    want[i] = fmax(want[i], fabs((double)values[at]));
+                }
+            const int64_t bad = check_integer(0, SEGMENTS - 1);
+            if (kind > 0) {
+                values[check_integer(segments[bad].begin, segments[bad].end - 1)] = kind == 1   ? NAN
+                                                                                    : kind == 2 ? INFINITY
+                                                                                                : -INFINITY;
+                want[bad] = INFINITY;
+            }
+            const struct plora__magnitude_args args = {values, segments, got, SEGMENTS};
+            cpu_magnitudes_with(cpu_merge_kernels(isa), 2, &args);
+            for (int i = 0; i < SEGMENTS; ++i)
+                CHECK(got[i] == want[i], "level %d, kind %d, segment %d: %g, want %g", isa, kind, i, got[i], want[i]);
+            free(values);
+        }
 }
 
 /* ------------------------------------------------------------------------------------------------------- plora_unload */
@@ -773,7 +786,7 @@ int main(void)
     check_begin("test_unload");
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_merge_kernels),    cmocka_unit_test(test_merge_random_shapes),
-        cmocka_unit_test(test_merge_rounding),   cmocka_unit_test(test_max_magnitude),
+        cmocka_unit_test(test_merge_rounding),   cmocka_unit_test(test_magnitudes),
         cmocka_unit_test(test_function_is_kept), cmocka_unit_test(test_full_unload_resets),
         cmocka_unit_test(test_moments_kept),     cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_overflow),         cmocka_unit_test(test_report),

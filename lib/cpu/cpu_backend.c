@@ -79,6 +79,14 @@ static plora_status cpu_synchronize(void *device, void *stream)
     return PLORA_OK;
 }
 
+static plora_status cpu_check_stream(void *device, void *stream, int waits)
+{
+    (void)device;
+    (void)waits;
+    PLORA_CHECK(stream == NULL, PLORA_ERROR_INVALID_ARGUMENT, "stream is %p: must be NULL for the CPU backend", stream);
+    return PLORA_OK;
+}
+
 const struct plora_backend plora__cpu_backend = {
     .name = "cpu",
     .open = cpu_open,
@@ -88,14 +96,15 @@ const struct plora_backend plora__cpu_backend = {
     .copy = cpu_copy,
     .clear = cpu_clear,
     .synchronize = cpu_synchronize,
+    .check_stream = cpu_check_stream,
     .init_adapter = cpu_init_adapter,
     .linear_workspace = cpu_linear_workspace,
     .linear_forward = cpu_linear_forward,
     .linear_backward = cpu_linear_backward,
-    .sum_of_squares = cpu_sum_of_squares,
+    .step_workspace = cpu_step_workspace,
     .optimizer_step = cpu_optimizer_step,
     .scale = cpu_scale,
+    .magnitudes = cpu_magnitudes,
     .merge_workspace = cpu_merge_workspace,
-    .max_magnitude = cpu_max_magnitude,
     .merge = cpu_merge,
 };

@@ -29,12 +29,12 @@ size_t cpu_linear_workspace(void *device, const struct plora__linear_args *args)
 plora_status cpu_linear_forward(void *device, const struct plora__linear_args *args, void *stream);
 plora_status cpu_linear_backward(void *device, const struct plora__linear_args *args, void *stream);
 
-plora_status cpu_sum_of_squares(void *device, const float *values, int64_t count, double *result, void *stream);
+size_t cpu_step_workspace(void *device, const struct plora__step_args *args);
 plora_status cpu_optimizer_step(void *device, const struct plora__step_args *args, void *stream);
 plora_status cpu_scale(void *device, float *values, int64_t count, float factor, void *stream);
 
+plora_status cpu_magnitudes(void *device, const struct plora__magnitude_args *args, void *stream);
 size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args);
-plora_status cpu_max_magnitude(void *device, const plora_matrix *matrix, double *result, void *stream);
 plora_status cpu_merge(void *device, const struct plora__merge_args *args, void *stream);
 
 #endif

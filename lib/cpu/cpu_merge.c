@@ -169,23 +169,15 @@ void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const 
     if (args->sums != NULL && !dry) args->sums->effective_rank = effective;
 }
 
-double cpu_max_magnitude_with(const struct cpu_merge_kernels *kernels, int threads, const plora_matrix *matrix)
+void cpu_magnitudes_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__magnitude_args *args)
 {
-    const size_t size = plora__dtype_size(matrix->dtype);
-    uint32_t maximum = 0;
     (void)threads; /* unused without OpenMP */
-#pragma omp parallel for num_threads(threads) schedule(static) reduction(max : maximum)
-    for (int64_t i = 0; i < matrix->rows; ++i) {
-        const char *row = (const char *)matrix->data + size * (size_t)(i * matrix->stride);
-        const uint32_t bits = kernels->magnitude(row, matrix->columns, matrix->dtype);
-        if (bits > maximum) maximum = bits;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int32_t i = 0; i < args->segment_count; ++i) {
+        const struct plora__segment *segment = &args->segments[i];
+        const uint32_t bits = kernels->magnitude(args->values + segment->begin, segment->end - segment->begin);
+        args->magnitudes[i] = bits < 0x7f800000u ? plora__float_from_bits(bits) : INFINITY;
     }
-    const uint32_t infinity = matrix->dtype == PLORA_F32    ? 0x7f800000u
-                              : matrix->dtype == PLORA_BF16 ? 0x7f80u
-                                                            : 0x7c00u;
-    if (maximum >= infinity) return INFINITY;
-    const uint16_t half = (uint16_t)maximum;
-    return matrix->dtype == PLORA_F32 ? plora__float_from_bits(maximum) : plora__load(&half, 0, matrix->dtype);
 }
 
 const struct cpu_merge_kernels *cpu_merge_kernels(int isa)
@@ -204,11 +196,12 @@ size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)
     return cpu_merge_workspace_with(cpu_merge_kernels(cpu_isa()), args);
 }
 
-plora_status cpu_max_magnitude(void *device, const plora_matrix *matrix, double *result, void *stream)
+plora_status cpu_magnitudes(void *device, const struct plora__magnitude_args *args, void *stream)
 {
     (void)stream;
-    const int threads = cpu_threads_for(device, 2.0 * (double)matrix->rows * (double)matrix->columns);
-    *result = cpu_max_magnitude_with(cpu_merge_kernels(cpu_isa()), threads, matrix);
+    if (args->segment_count == 0) return PLORA_OK;
+    const int threads = cpu_threads_for(device, 2.0 * (double)args->segments[args->segment_count - 1].end);
+    cpu_magnitudes_with(cpu_merge_kernels(cpu_isa()), threads, args);
     return PLORA_OK;
 }
 

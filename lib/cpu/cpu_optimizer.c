@@ -16,12 +16,12 @@ static int64_t at_most(int64_t value, int64_t limit)
     return value < limit ? value : limit;
 }
 
-static struct cpu_step step_of(const struct plora__step_args *args, int is_b)
+static struct cpu_step step_of(const struct plora__step_args *args, double gradient_factor, int is_b)
 {
     const double rate = args->learning_rate[is_b];
     const int adamw = args->algorithm == PLORA_OPTIMIZER_ADAMW;
     return (struct cpu_step){
-        .gradient_factor = (float)args->gradient_factor,
+        .gradient_factor = (float)gradient_factor,
         .beta1 = (float)args->beta1,
         .beta1_rest = (float)(1.0 - args->beta1),
         .beta2 = (float)args->beta2,
@@ -47,10 +47,10 @@ static int32_t find_segment(const struct plora__step_args *args, int64_t begin)
     return low;
 }
 
-void cpu_optimizer_step_with(const struct cpu_optimizer_kernels *kernels, int threads,
-                             const struct plora__step_args *args)
+void cpu_optimizer_update_with(const struct cpu_optimizer_kernels *kernels, int threads,
+                               const struct plora__step_args *args, double gradient_factor)
 {
-    const struct cpu_step steps[2] = {step_of(args, 0), step_of(args, 1)};
+    const struct cpu_step steps[2] = {step_of(args, gradient_factor, 0), step_of(args, gradient_factor, 1)};
     const int adamw = args->algorithm == PLORA_OPTIMIZER_ADAMW;
     (void)threads; /* unused without OpenMP */
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -104,19 +104,28 @@ const struct cpu_optimizer_kernels *cpu_optimizer_kernels(int isa)
     return tables[isa];
 }
 
-plora_status cpu_sum_of_squares(void *device, const float *values, int64_t count, double *result, void *stream)
+size_t cpu_step_workspace(void *device, const struct plora__step_args *args)
 {
-    (void)stream;
-    const int threads = cpu_threads_for(device, 4.0 * (double)count);
-    *result = cpu_sum_of_squares_with(cpu_optimizer_kernels(cpu_isa()), threads, values, count);
-    return PLORA_OK;
+    (void)device;
+    (void)args;
+    return 0;
 }
 
 plora_status cpu_optimizer_step(void *device, const struct plora__step_args *args, void *stream)
 {
     (void)stream;
-    cpu_optimizer_step_with(cpu_optimizer_kernels(cpu_isa()), cpu_threads_for(device, 16.0 * (double)args->count),
-                            args);
+    const struct cpu_optimizer_kernels *kernels = cpu_optimizer_kernels(cpu_isa());
+    const double count = (double)args->count;
+    const double sum =
+        cpu_sum_of_squares_with(kernels, cpu_threads_for(device, 4.0 * count), args->gradients, args->count);
+    const double norm = sqrt(sum) * args->gradient_scale;
+    args->state->norm = norm;
+    if (!isfinite(norm)) {
+        args->state->refused++;
+        return PLORA_OK;
+    }
+    const double clip = args->max_norm > 0.0 && norm > args->max_norm ? args->max_norm / norm : 1.0;
+    cpu_optimizer_update_with(kernels, cpu_threads_for(device, 16.0 * count), args, args->gradient_scale * clip);
     return PLORA_OK;
 }
 

@@ -25,7 +25,6 @@ enum { TILE_ROWS = 4, TILE_VECTORS = 2, GRAM_ROWS = 2 };
 enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
 
 typedef int32_t __attribute__((may_alias)) aliased_int32;
-typedef int16_t __attribute__((may_alias)) aliased_int16;
 
 /* The report of plora__merge_sums, by lanes. */
 struct lane_sums {
@@ -340,21 +339,12 @@ static void gram(const float *panels, int64_t panel_count, int64_t rank, int64_t
     }
 }
 
-static uint32_t magnitude(const void *values, int64_t count, int32_t dtype)
+static uint32_t magnitude(const float *values, int64_t count)
 {
-    if (dtype == PLORA_F32) {
-        const aliased_int32 *bits = values;
-        int32_t maximum = 0;
-        for (int64_t i = 0; i < count; ++i) {
-            const int32_t value = bits[i] & INT32_MAX;
-            maximum = value > maximum ? value : maximum;
-        }
-        return (uint32_t)maximum;
-    }
-    const aliased_int16 *bits = values;
-    int16_t maximum = 0;
+    const aliased_int32 *bits = (const aliased_int32 *)values;
+    int32_t maximum = 0;
     for (int64_t i = 0; i < count; ++i) {
-        const int16_t value = bits[i] & INT16_MAX;
+        const int32_t value = bits[i] & INT32_MAX;
         maximum = value > maximum ? value : maximum;
     }
     return (uint32_t)maximum;

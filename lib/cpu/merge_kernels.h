@@ -37,7 +37,7 @@ struct cpu_merge_kernels {
     int gram_rows;
     void (*gram)(const float *panels, int64_t panel_count, int64_t rank, int64_t begin, double *gram);
     /* The largest bit pattern without its sign. */
-    uint32_t (*magnitude)(const void *values, int64_t count, int32_t dtype);
+    uint32_t (*magnitude)(const float *values, int64_t count);
 };
 
 extern const struct cpu_merge_kernels cpu_merge_kernels_portable;
@@ -50,6 +50,6 @@ const struct cpu_merge_kernels *cpu_merge_kernels(int isa);
 /* The launchers below cpu_merge_workspace() and cpu_merge(), for a given table. */
 size_t cpu_merge_workspace_with(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args);
 void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args);
-double cpu_max_magnitude_with(const struct cpu_merge_kernels *kernels, int threads, const plora_matrix *matrix);
+void cpu_magnitudes_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__magnitude_args *args);
 
 #endif

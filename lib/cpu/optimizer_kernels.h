@@ -34,9 +34,9 @@ extern const struct cpu_optimizer_kernels cpu_optimizer_kernels_avx512;
 /* The table of a level. */
 const struct cpu_optimizer_kernels *cpu_optimizer_kernels(int isa);
 
-/* The launchers below cpu_optimizer_step() and its neighbours, for a given table. */
-void cpu_optimizer_step_with(const struct cpu_optimizer_kernels *kernels, int threads,
-                             const struct plora__step_args *args);
+/* The launchers below cpu_optimizer_step() and cpu_scale(), for a given table. The factor is gradient_scale, clipped. */
+void cpu_optimizer_update_with(const struct cpu_optimizer_kernels *kernels, int threads,
+                               const struct plora__step_args *args, double gradient_factor);
 double cpu_sum_of_squares_with(const struct cpu_optimizer_kernels *kernels, int threads, const float *values,
                                int64_t count);
 void cpu_scale_with(const struct cpu_optimizer_kernels *kernels, int threads, float *values, int64_t count,

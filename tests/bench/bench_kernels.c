@@ -194,7 +194,6 @@ static void bench_optimizer(int64_t count)
         .epsilon = 1e-8,
         .bias_correction1 = 0.1,
         .bias_correction2 = 1e-3,
-        .gradient_factor = 1.0,
     };
     double step = 1e9, scale = 1e9, norm = 1e9, sum = 0;
     for (int repeat = 0; repeat < 3 * repeats; ++repeat) {
@@ -202,7 +201,7 @@ static void bench_optimizer(int64_t count)
         cpu_scale_with(kernels, threads, plain, 4 * count, 1.0f);
         least(&scale, now() - start);
         start = now();
-        cpu_optimizer_step_with(kernels, threads, &args);
+        cpu_optimizer_update_with(kernels, threads, &args, 1.0);
         least(&step, now() - start);
         start = now();
         sum += cpu_sum_of_squares_with(kernels, threads, g, count);
