@@ -53,10 +53,13 @@ static dnnl_data_type_t onednn_type(int32_t dtype)
 static dnnl_status_t describe(descriptor *out, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride,
                               int32_t dtype)
 {
-    /* A stride along a dimension of 1 is never used; a plain one keeps oneDNN on its fast paths. */
     const dnnl_dims_t dims = {rows, columns};
-    const dnnl_dims_t strides = {row_stride, column_stride};
+    dnnl_dims_t strides = {row_stride, column_stride};
 #if DNNL_VERSION_MAJOR >= 3
+    /* The stride along a dimension of 1 means nothing, yet oneDNN 3.7 takes a matrix of one column with strides (n, 1) for one of
+     * n adjacent elements; with the same stride twice it does not. */
+    if (rows == 1 && strides[0] < strides[1]) strides[0] = strides[1];
+    if (columns == 1 && strides[1] < strides[0]) strides[1] = strides[0];
     return dnnl_memory_desc_create_with_strides(out, 2, dims, onednn_type(dtype), strides);
 #else
     return dnnl_memory_desc_init_by_strides(out, 2, dims, onednn_type(dtype), strides);
