@@ -80,6 +80,11 @@ static void draws(void **state)
                     plora__draw(seed, PLORA__PURPOSE_INIT, step, layer, first + (uint64_t)j);
                 assert_memory_equal(words + 4 * j, wanted.word, sizeof wanted.word);
             }
+            const float scale = (float)check_uniform();
+            float values[4 * CPU_DRAWS];
+            cpu_convert_kernels(isa)->symmetric(values, words, scale, 4 * CPU_DRAWS);
+            for (int i = 0; i < 4 * CPU_DRAWS; ++i)
+                assert_true(same_float(values[i], plora__symmetric(words[i]) * scale));
         }
 }
 
@@ -127,7 +132,7 @@ static void dropout(void **state)
             }
 }
 
-static void transposition(void **state)
+static void additions(void **state)
 {
     (void)state;
     check_reseed(4);
@@ -144,6 +149,10 @@ static void transposition(void **state)
                 const float added = j >= BEGIN && j < END ? in[i * COLUMNS + j] : 0.0f;
                 assert_true(same_float(out[j * ROWS + i], before[j * ROWS + i] + added));
             }
+        memcpy(out, before, sizeof out);
+        cpu_convert_kernels(isa)->add(out, in, ROWS * COLUMNS - 1);
+        for (int i = 0; i < ROWS * COLUMNS; ++i)
+            assert_true(same_float(out[i], i < ROWS * COLUMNS - 1 ? before[i] + in[i] : before[i]));
     }
 }
 
@@ -154,7 +163,7 @@ int main(void)
         cmocka_unit_test(conversions),
         cmocka_unit_test(draws),
         cmocka_unit_test(dropout),
-        cmocka_unit_test(transposition),
+        cmocka_unit_test(additions),
     };
     return cmocka_run_group_tests_name("convert", tests, NULL, NULL);
 }

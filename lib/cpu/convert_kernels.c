@@ -43,14 +43,15 @@ static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, ui
     enum { LANES = CPU_LANES / 2 };
     const cpu_vul m0 = (cpu_vul){0} + PLORA__PHILOX_M0, m1 = (cpu_vul){0} + PLORA__PHILOX_M1;
     for (int begin = 0; begin < CPU_DRAWS; begin += LANES, words += 4 * LANES) {
-        uint64_t lanes[4][LANES];
-        for (int j = 0; j < LANES; ++j) {
-            const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)(begin + j));
-            for (int i = 0; i < 4; ++i)
-                lanes[i][j] = counter.word[i];
-        }
+        const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)begin);
         cpu_vul c[4];
-        memcpy(c, lanes, sizeof c);
+        for (int i = 0; i < 4; ++i)
+            c[i] = (cpu_vul){0} + counter.word[i];
+        for (int j = 0; j < LANES; ++j) {
+            const uint64_t block = first + (uint64_t)(begin + j);
+            c[0][j] = (uint32_t)block;
+            c[1][j] = block >> 32;
+        }
         uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
         for (int round = 0; round < 10; ++round) {
             const cpu_vul product0 = cpu_multiply_low(c[0], m0), product1 = cpu_multiply_low(c[2], m1);
@@ -61,11 +62,19 @@ static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, ui
             key0 += PLORA__PHILOX_W0;
             key1 += PLORA__PHILOX_W1;
         }
-        memcpy(lanes, c, sizeof c);
+        const cpu_vul halves[2] = {(c[0] & UINT32_MAX) | c[1] << 32, (c[2] & UINT32_MAX) | c[3] << 32};
         for (int j = 0; j < LANES; ++j)
-            for (int i = 0; i < 4; ++i)
-                words[4 * j + i] = (uint32_t)lanes[i][j];
+            for (int i = 0; i < 2; ++i) {
+                const uint64_t two = halves[i][j];
+                memcpy(words + 4 * j + 2 * i, &two, sizeof two); /* the lower word comes first */
+            }
     }
+}
+
+static void symmetric(float *restrict out, const uint32_t *restrict words, float scale, int64_t count)
+{
+    for (int64_t i = 0; i < count; ++i)
+        out[i] = plora__symmetric(words[i]) * scale; /* the fraction is exact, so contraction changes nothing */
 }
 
 /* factors[i] = kept(first + i) ? keep_scale : 0 for i in [0, BLOCK), first a multiple of 4. */
@@ -110,6 +119,12 @@ static void dropout_add(void *restrict out, int32_t dtype, const float *restrict
     }
 }
 
+static void add(float *restrict out, const float *restrict in, int64_t count)
+{
+    for (int64_t i = 0; i < count; ++i)
+        out[i] += in[i];
+}
+
 static void transpose_add(float *restrict out, const float *restrict in, int64_t rows, int64_t columns, int64_t begin,
                           int64_t end)
 {
@@ -119,9 +134,11 @@ static void transpose_add(float *restrict out, const float *restrict in, int64_t
 }
 
 const struct cpu_convert_kernels CPU_ISA_NAME(cpu_convert_kernels) = {.draw = draw,
+                                                                      .symmetric = symmetric,
                                                                       .widen = widen,
                                                                       .narrow = narrow,
                                                                       .scale = scale,
                                                                       .dropout = dropout_row,
                                                                       .dropout_add = dropout_add,
+                                                                      .add = add,
                                                                       .transpose_add = transpose_add};

@@ -64,7 +64,7 @@ static plora_status cpu_clear(void *device, void *memory, size_t bytes, void *st
 {
     enum { PIECE = 1 << 18 };
     (void)stream;
-    const int threads = cpu_threads_for(device, (double)bytes);
+    const int threads = cpu_threads_for(device, 8.0 * (double)bytes);
     (void)threads; /* unused without OpenMP */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (size_t begin = 0; begin < bytes; begin += PIECE)

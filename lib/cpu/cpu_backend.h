@@ -36,5 +36,7 @@ plora_status cpu_scale(void *device, float *values, int64_t count, float factor,
 plora_status cpu_magnitudes(void *device, const struct plora__magnitude_args *args, void *stream);
 size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args);
 plora_status cpu_merge(void *device, const struct plora__merge_args *args, void *stream);
+/* The same without sums or dry run, for the output of a product: each thread takes neighbouring rows, which it wrote. */
+void cpu_merge_rows(int threads, const struct plora__merge_args *args);
 
 #endif

@@ -8,6 +8,9 @@
  * `out` must be converted, the output is cut into panels of PANEL columns, one thread each with sequential products: the bits do
  * not depend on the number of threads, and a converted tile of W stays in the cache.
  *
+ * The low-rank products do little with much memory, so they are cut where the memory is: each thread takes neighbouring rows, those
+ * of x, dy and `out` that its cache holds (low_rank_pass(), expand_rows()).
+ *
  * A whole product whose sum is longer than REDUCTION (the gradient of a head's input) is cut along it: measured at
  * [256,49152] x [49152,576], pieces of 16384 run at 313 GFLOP/s in fp32 where one product runs at 217.
  *
@@ -15,8 +18,8 @@
  * whole, W one panel at a time. Accumulation is fp32. In bf16 the low-rank operands are rounded copies padded to `padded_rank`.
  *
  * Workspace (plan): what is marked * exists once per thread.
- *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N] pieces[T,O]
- *     *weight_tile[D,PANEL] *sum_tile[T,PANEL] *delta_tile[T,PANEL] */
+ *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N] pieces[T,O] expand
+ *     *gradient[R,K+N] instead of that *weight_tile[D,PANEL] *sum_tile[T,PANEL] *delta_tile[T,PANEL] */
 #include "convert_kernels.h"
 #include "cpu_backend.h"
 #include "dtype.h"
@@ -25,14 +28,24 @@
 #include "status.h"
 #include "threads.h"
 
-enum { PANEL = 96, TOKEN_TILE = 64, TILE_RANK = 32, REDUCTION = 16384, ALIGNMENT = 64 };
+enum {
+    PANEL = 96,
+    TOKEN_TILE = 64,
+    TOKEN_PANEL = 128,
+    SHARES_MOST = 8, /* their gradients take memory */
+    TILE_RANK = 32,
+    REDUCTION = 16384,
+    ALIGNMENT = 64
+};
 
 struct plan {
     int bf16;            /* operands are bf16 */
     int whole;           /* `out` in one product by all threads, not in panels */
+    int shares;          /* of the tokens, each with gradients of its own: one per thread; 0 = not cut along them */
     int64_t padded_rank; /* R, on matrix tiles rounded up to a full one */
     /* offsets: */
-    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile, pieces;
+    size_t in_wide, x_wide, dropped, low, u, v, a16, b16, gradient, bias, weight_tile, sum_tile, delta_tile, pieces,
+        expand;
     size_t weight_tile_bytes, sum_tile_bytes; /* per thread */
     size_t bytes;
 };
@@ -42,6 +55,14 @@ static size_t reserve(size_t *total, size_t bytes)
     const size_t offset = *total;
     *total += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     return offset;
+}
+
+/* Of cpu_merge_rows() on [T,columns]. */
+static size_t merge_bytes(const struct plora__linear_args *args, int64_t columns)
+{
+    const struct plora__merge_args merge = {.weight = {.rows = args->tokens, .columns = columns, .dtype = PLORA_F32},
+                                            .rank = args->rank};
+    return args->rank > 0 ? cpu_merge_workspace(NULL, &merge) : 0;
 }
 
 static struct plan make_plan(const struct cpu_device *cpu, const struct plora__linear_args *args, int is_forward)
@@ -71,11 +92,14 @@ static struct plan make_plan(const struct cpu_device *cpu, const struct plora__l
     plan.v = reserve(&plan.bytes, tokens * rank * sizeof(float));
     plan.a16 = reserve(&plan.bytes, plan.bf16 ? rank * in * sizeof(uint16_t) : 0);
     plan.b16 = reserve(&plan.bytes, plan.bf16 ? rank * out * sizeof(uint16_t) : 0);
-    plan.gradient = reserve(&plan.bytes, rank * out * sizeof(float));
+    plan.shares = cpu->deterministic || cpu->threads > SHARES_MOST ? 0 : cpu->threads;
+    plan.gradient =
+        reserve(&plan.bytes, rank * (plan.shares > 0 ? (size_t)plan.shares * (in + out) : out) * sizeof(float));
     plan.bias = reserve(&plan.bytes, out * sizeof(float));
     const size_t long_in = args->in_features > REDUCTION ? tokens * out : 0;
     const size_t long_out = args->out_features > REDUCTION ? tokens * in : 0;
     plan.pieces = reserve(&plan.bytes, plan.whole ? (long_in > long_out ? long_in : long_out) * sizeof(float) : 0);
+    plan.expand = reserve(&plan.bytes, !plan.bf16 ? merge_bytes(args, (int64_t)wider) : 0);
     plan.weight_tile = reserve(&plan.bytes, plan.weight_tile_bytes * threads);
     plan.sum_tile = reserve(&plan.bytes, narrow_out ? plan.sum_tile_bytes * threads : 0);
     plan.delta_tile = reserve(&plan.bytes, dropout ? plan.sum_tile_bytes * threads : 0);
@@ -195,6 +219,31 @@ static struct cpu_product expand_product(const struct side *side, int64_t width,
                                 .accumulate = accumulate};
 }
 
+/* Whether expand_rows() adds the low-rank part. */
+static int expands_by_rows(const struct side *side)
+{
+    return side->plan->whole && !side->plan->bf16 && !side->drop && side->rank > 0;
+}
+
+/* out += low factor by the kernels of the merge. Where `out` comes from a product just before, each thread finds its rows in its
+ * own cache; oneDNN deals them otherwise, and takes 1.5 times as long. */
+static void expand_rows(const struct side *side, int threads)
+{
+    const struct plora__merge_args args = {
+        .weight = {side->out.data, side->tokens, side->o, side->out.row_stride, side->out.dtype, 0},
+        .rank = side->rank,
+        .factor = 1.0f,
+        .left = side->low.data,
+        .left_row_stride = side->low.row_stride,
+        .left_rank_stride = side->low.column_stride,
+        .right = side->factor.data,
+        .right_rank_stride = side->factor.row_stride,
+        .right_column_stride = side->factor.column_stride,
+        .workspace = (char *)side->args->workspace + side->plan->expand,
+    };
+    cpu_merge_rows(threads, &args);
+}
+
 /* Where one panel's operands lie: `out` itself or fp32 tiles of this thread. */
 struct panel {
     struct cpu_matrix weight; /* [D,width] */
@@ -232,7 +281,8 @@ static plora_status prepare_panel(struct cpu_device *cpu, const struct side *sid
     const struct cpu_product base = base_product(side, width, panel.weight, panel.sum);
     const struct cpu_product expand = expand_product(side, width, panel.delta, !side->drop);
     if (side->base) PLORA_TRY(cpu_product_prepare(cpu, &base, sequential, &primitives->base));
-    if (side->rank > 0) PLORA_TRY(cpu_product_prepare(cpu, &expand, sequential, &primitives->expand));
+    if (side->rank > 0 && !expands_by_rows(side))
+        PLORA_TRY(cpu_product_prepare(cpu, &expand, sequential, &primitives->expand));
     return PLORA_OK;
 }
 
@@ -264,7 +314,7 @@ static int run_panel(const struct cpu_device *cpu, const struct side *side, cons
         const int status = cpu_product_run(cpu, primitives->base, &base, thread);
         if (status != 0) return status;
     }
-    if (side->rank > 0) {
+    if (primitives->expand != NULL) {
         struct cpu_product expand = expand_product(side, width, panel.delta, !side->drop);
         expand.b.data = at(&side->factor, 0, begin);
         const int status = cpu_product_run(cpu, primitives->expand, &expand, thread);
@@ -297,6 +347,7 @@ static plora_status compute_panels(struct cpu_device *cpu, const struct side *si
     const int before = cpu_set_threads(sequential ? 1 : threads); /* of oneDNN */
     if (whole) {
         failed = run_panel(cpu, side, &last, 0, last_width, panel_width, 0);
+        if (failed == 0 && expands_by_rows(side)) expand_rows(side, threads);
     } else {
 #pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
         for (int64_t i = 0; i < panels; ++i) {
@@ -495,6 +546,158 @@ static plora_status gradients(struct cpu_device *cpu, const struct plora__linear
     return PLORA_OK;
 }
 
+/* One pass over x and dy instead of four: each thread takes a share of the tokens in panels of TOKEN_PANEL, which stay in its
+ * cache for all of u, v, dA and dB. The shares' gradients are added up in order. */
+enum { SHRINK_U, SHRINK_V, GRADIENT_A, GRADIENT_B, PASS_PRODUCTS };
+
+struct pass {
+    const struct plora__linear_args *args;
+    const struct plan *plan;
+    struct cpu_matrix x, dy, a, b; /* operands */
+    struct cpu_matrix sum[2];      /* x A^T and dy B before rounding, [T,R] */
+    struct cpu_matrix low[2];      /* u and v, [T,R] */
+    float *gradients;              /* of each share: [R,K][R,N] */
+    struct cpu_primitive
+        *primitives[2][2][PASS_PRODUCTS]; /* of a full or the last panel; the first of a share, or later */
+};
+
+static struct cpu_matrix from_row(struct cpu_matrix matrix, int64_t row)
+{
+    matrix.data = at(&matrix, row, 0);
+    return matrix;
+}
+
+static void pass_products(const struct pass *pass, int64_t begin, int64_t tokens, int share, int accumulate,
+                          struct cpu_product products[PASS_PRODUCTS])
+{
+    const struct plora__linear_args *args = pass->args;
+    const int64_t rank = pass->plan->padded_rank, k = args->in_features, n = args->out_features;
+    float *gradient = pass->gradients + share * rank * (k + n);
+    const struct cpu_matrix x = from_row(pass->x, begin), dy = from_row(pass->dy, begin);
+    const struct cpu_matrix u = from_row(pass->low[0], begin), v = from_row(pass->low[1], begin);
+    products[SHRINK_U] = (struct cpu_product){
+        .m = tokens, .n = rank, .k = k, .a = x, .b = transposed(pass->a), .c = from_row(pass->sum[0], begin)};
+    products[SHRINK_V] =
+        (struct cpu_product){.m = tokens, .n = rank, .k = n, .a = dy, .b = pass->b, .c = from_row(pass->sum[1], begin)};
+    products[GRADIENT_A] = (struct cpu_product){.m = args->rank,
+                                                .n = k,
+                                                .k = tokens,
+                                                .a = transposed(v),
+                                                .b = x,
+                                                .c = rows_of(gradient, k, PLORA_F32),
+                                                .accumulate = accumulate};
+    products[GRADIENT_B] = (struct cpu_product){.m = args->rank,
+                                                .n = n,
+                                                .k = tokens,
+                                                .a = transposed(u),
+                                                .b = dy,
+                                                .c = rows_of(gradient + rank * k, n, PLORA_F32),
+                                                .accumulate = accumulate};
+}
+
+static plora_status prepare_pass(struct cpu_device *cpu, struct pass *pass, int64_t tokens, int is_last, int accumulate)
+{
+    struct cpu_product products[PASS_PRODUCTS];
+    pass_products(pass, 0, tokens, 0, accumulate, products);
+    for (int i = 0; i < PASS_PRODUCTS; ++i)
+        PLORA_TRY(cpu_product_prepare(cpu, &products[i], 1, &pass->primitives[is_last][accumulate][i]));
+    return PLORA_OK;
+}
+
+/* Returns oneDNN's status. */
+static int run_pass(const struct cpu_device *cpu, const struct pass *pass, int64_t begin, int share, int accumulate)
+{
+    const int64_t rank = pass->plan->padded_rank, rest = pass->args->tokens - begin;
+    const int is_last = rest <= TOKEN_PANEL;
+    const int64_t tokens = is_last ? rest : TOKEN_PANEL;
+    struct cpu_product products[PASS_PRODUCTS];
+    pass_products(pass, begin, tokens, share, accumulate, products);
+    int status = 0;
+    for (int i = 0; i < PASS_PRODUCTS && status == 0; ++i) {
+        status = cpu_product_run(cpu, pass->primitives[is_last][accumulate][i], &products[i], share);
+        if (i <= SHRINK_V)
+            cpu_convert_kernels(cpu_isa())->scale(products[i].c.data,
+                                                  pass->plan->bf16 ? at(&pass->low[i], begin, 0) : NULL,
+                                                  pass->args->scale, tokens * rank);
+    }
+    return status;
+}
+
+static void add_shares(const struct cpu_device *cpu, const struct pass *pass, int shares)
+{
+    const struct plora__linear_args *args = pass->args;
+    const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
+    const int64_t rank = args->rank, k = args->in_features, n = args->out_features, panels = (n + PANEL - 1) / PANEL;
+    const int64_t share_floats = pass->plan->padded_rank * (k + n);
+    const int threads = cpu_threads_for(cpu, 4.0 * (double)shares * (double)(n + k) * (double)rank);
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static) nowait
+        for (int64_t r = 0; r < rank; ++r)
+            for (int share = 0; share < shares; ++share)
+                convert->add(args->a_gradient + r * k, pass->gradients + share * share_floats + r * k, k);
+#pragma omp for schedule(static)
+        for (int64_t i = 0; i < panels; ++i)
+            for (int share = 0; share < shares; ++share)
+                convert->transpose_add(args->b_gradient,
+                                       pass->gradients + share * share_floats + pass->plan->padded_rank * k, rank, n,
+                                       i * PANEL, i * PANEL + PANEL < n ? i * PANEL + PANEL : n);
+    }
+}
+
+static plora_status compute_pass(struct cpu_device *cpu, struct pass *pass)
+{
+    const struct plora__linear_args *args = pass->args;
+    const int64_t panels = (args->tokens + TOKEN_PANEL - 1) / TOKEN_PANEL;
+    const double flop =
+        8.0 * (double)args->tokens * (double)(args->in_features + args->out_features) * (double)args->rank;
+    int shares = cpu_threads_for(cpu, flop);
+    if (shares > panels) shares = (int)panels;
+    const int64_t last = args->tokens - (panels - 1) * TOKEN_PANEL;
+    for (int later = 0; later < 2; ++later) {
+        if (panels > shares || !later) PLORA_TRY(prepare_pass(cpu, pass, last, 1, later));
+        if (panels > 1) PLORA_TRY(prepare_pass(cpu, pass, TOKEN_PANEL, 0, later));
+    }
+    int failed = 0;
+    const int before = cpu_set_threads(1); /* of oneDNN, inside our region */
+#pragma omp parallel for num_threads(shares) schedule(static)
+    for (int share = 0; share < shares; ++share) {
+        const int64_t first = panels * share / shares, end = panels * (share + 1) / shares;
+        for (int64_t panel = first; panel < end; ++panel) {
+            const int status = run_pass(cpu, pass, panel * TOKEN_PANEL, share, panel > first);
+            if (status != 0) {
+#pragma omp atomic write
+                failed = status;
+            }
+        }
+    }
+    cpu_set_threads(before);
+    if (failed != 0) {
+        struct cpu_product products[PASS_PRODUCTS];
+        pass_products(pass, 0, last, 0, 0, products);
+        return cpu_product_failed(&products[0], failed);
+    }
+    add_shares(cpu, pass, shares);
+    return PLORA_OK;
+}
+
+static plora_status low_rank_pass(struct cpu_device *cpu, const struct plora__linear_args *args,
+                                  const struct plan *plan, struct cpu_matrix x, struct cpu_matrix dy,
+                                  struct cpu_matrix a, struct cpu_matrix b, struct cpu_matrix *v)
+{
+    char *workspace = args->workspace;
+    struct pass pass = {.args = args, .plan = plan, .x = x, .dy = dy, .a = a, .b = b};
+    const size_t places[2] = {plan->u, plan->v};
+    for (int i = 0; i < 2; ++i) {
+        pass.low[i] = rows_of(workspace + places[i], plan->padded_rank, plan->bf16 ? PLORA_BF16 : PLORA_F32);
+        pass.sum[i] = plan->bf16 ? rows_of(workspace + plan->low, plan->padded_rank, PLORA_F32) : pass.low[i];
+    }
+    pass.gradients = (float *)(void *)(workspace + plan->gradient);
+    *v = pass.low[1];
+    return compute_pass(cpu, &pass);
+}
+
 static plora_status backward(struct cpu_device *cpu, const struct plora__linear_args *args)
 {
     const struct plan plan = make_plan(cpu, args, 0);
@@ -506,9 +709,13 @@ static plora_status backward(struct cpu_device *cpu, const struct plora__linear_
         low_rank_factors(cpu, args, &plan, &a, &b);
         const struct cpu_matrix x =
             dropped_input(cpu, args, &plan, operand(cpu, &plan, &args->x, workspace + plan.x_wide));
-        PLORA_TRY(shrink(cpu, args, &plan, x, args->in_features, transposed(a), plan.u, &u));
-        PLORA_TRY(shrink(cpu, args, &plan, dy, args->out_features, b, plan.v, &v));
-        PLORA_TRY(gradients(cpu, args, &plan, x, dy, u, v));
+        if (plan.shares > 0) {
+            PLORA_TRY(low_rank_pass(cpu, args, &plan, x, dy, a, b, &v));
+        } else {
+            PLORA_TRY(shrink(cpu, args, &plan, x, args->in_features, transposed(a), plan.u, &u));
+            PLORA_TRY(shrink(cpu, args, &plan, dy, args->out_features, b, plan.v, &v));
+            PLORA_TRY(gradients(cpu, args, &plan, x, dy, u, v));
+        }
     }
     if (args->dx.data == NULL) return PLORA_OK;
     const struct side side = {.args = args,

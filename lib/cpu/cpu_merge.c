@@ -11,7 +11,7 @@
 #include "isa.h"
 #include "merge_kernels.h"
 
-enum { BLOCK_TILES = 4, ALIGNMENT = 64 };
+enum { ALIGNMENT = 64 };
 
 struct partial {
     struct plora__merge_sums sums;
@@ -19,7 +19,7 @@ struct partial {
 };
 
 struct layout {
-    int64_t tiles, panels, blocks;       /* of rows, of columns, of BLOCK_TILES tiles */
+    int64_t tiles, panels, blocks;       /* of rows, of columns, of block_rows rows */
     int64_t left_panels;                 /* `left` packed like `right`, for its Gram matrix */
     size_t left, partials, grams, bytes; /* offsets; `right` is at 0 */
 };
@@ -40,10 +40,10 @@ static struct layout layout(const struct cpu_merge_kernels *kernels, const struc
     struct layout layout;
     layout.tiles = pieces(rows, height);
     layout.panels = pieces(args->weight.columns, width);
-    layout.blocks = pieces(layout.tiles, BLOCK_TILES);
+    layout.blocks = pieces(rows, kernels->block_rows);
     layout.left_panels = pieces(rows, width);
     const int64_t left_tiles = layout.tiles * height, left_panels = layout.left_panels * width;
-    const size_t row = (size_t)args->rank * sizeof(float);
+    const size_t row = (size_t)kernels->depth(args->rank) * sizeof(float);
     layout.left = align((size_t)(layout.panels * width) * row);
     layout.partials = layout.left + align((size_t)(left_tiles > left_panels ? left_tiles : left_panels) * row);
     layout.grams = layout.partials + align((size_t)layout.blocks * sizeof(struct partial));
@@ -70,22 +70,33 @@ static void compute_gram(const struct cpu_merge_kernels *kernels, int threads, c
         kernels->gram(panels, panel_count, rank, row, gram);
 }
 
+static void pack_panels(const struct cpu_merge_kernels *kernels, int threads, const float *source, int64_t stride,
+                        int64_t rank_stride, int64_t rank, int64_t count, float *panels)
+{
+    const int64_t width = kernels->tile_columns;
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t first = 0; first < count; first += width)
+        kernels->pack(source + first * stride, stride, rank_stride, rank, at_most(width, count - first), width,
+                      panels + first * rank);
+}
+
 /* With M = (L^T L) (Q Q^T), L = left, Q = right, the eigenvalues of M are the squares of the singular values of L Q, so the
- * effective rank is (tr M)^2 / tr(M^2): no decomposition. `left` in the workspace is overwritten. */
+ * effective rank is (tr M)^2 / tr(M^2): no decomposition. Overwrites `left` and `right` in the workspace. */
 static double effective_rank(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args,
                              const struct layout *layout)
 {
-    const int64_t rank = args->rank, width = kernels->tile_columns, rows = args->weight.rows;
+    const int64_t rank = args->rank;
     char *base = args->workspace;
-    float *left = (float *)(base + layout->left);
+    float *right = (float *)base, *left = (float *)(base + layout->left);
     double *left_gram = (double *)(base + layout->grams), *right_gram = left_gram + rank * rank;
     double *product = right_gram + rank * rank;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < layout->left_panels; ++panel)
-        kernels->pack(args->left + panel * width * args->left_row_stride, args->left_row_stride, args->left_rank_stride,
-                      rank, at_most(width, rows - panel * width), width, left + panel * width * rank);
+    pack_panels(kernels, threads, args->left, args->left_row_stride, args->left_rank_stride, rank, args->weight.rows,
+                left);
+    pack_panels(kernels, threads, args->right, args->right_column_stride, args->right_rank_stride, rank,
+                args->weight.columns, right);
     compute_gram(kernels, threads, left, layout->left_panels, rank, left_gram);
-    compute_gram(kernels, threads, (const float *)base, layout->panels, rank, right_gram);
+    compute_gram(kernels, threads, right, layout->panels, rank, right_gram);
 
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t i = 0; i < rank; ++i) {
@@ -123,48 +134,59 @@ static void combine(const struct partial *partials, int64_t blocks, struct plora
     if (overflows != NULL) *overflows = overflow_count;
 }
 
+static void pack_right(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args,
+                       const struct layout *places)
+{
+    const int64_t width = kernels->tile_columns, columns = args->weight.columns, depth = kernels->depth(args->rank);
+    float *right = args->workspace;
+    (void)threads; /* unused without OpenMP */
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t panel = 0; panel < places->panels; ++panel)
+        kernels->pack_panel(args->right + panel * width * args->right_column_stride, args->right_column_stride,
+                            args->right_rank_stride, args->rank, at_most(width, columns - panel * width),
+                            args->weight.dtype, right + panel * width * depth);
+}
+
+static void merge_block(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args,
+                        const struct layout *places, int64_t number)
+{
+    const plora_matrix *weight = &args->weight;
+    const int64_t rank = args->rank, depth = kernels->depth(rank), height = kernels->tile_rows;
+    const int64_t first = number * kernels->block_rows, count = at_most(kernels->block_rows, weight->rows - first);
+    const int dry = args->overflows != NULL;
+    char *base = args->workspace;
+    float *left = (float *)(base + places->left) + first * depth;
+    struct partial *partial = (struct partial *)(base + places->partials) + number;
+    for (int64_t row = 0; row < count; row += height)
+        kernels->pack_tile(args->left + (first + row) * args->left_row_stride, args->left_row_stride,
+                           args->left_rank_stride, rank, at_most(height, count - row), left + row * depth);
+    partial->overflows = 0;
+    const struct cpu_merge_block block = {
+        .weight = (char *)weight->data + (size_t)(first * weight->stride) * plora__dtype_size(weight->dtype),
+        .stride = weight->stride,
+        .rows = count,
+        .columns = weight->columns,
+        .rank = rank,
+        .dtype = weight->dtype,
+        .factor = args->factor,
+        .left = left,
+        .right = (const float *)base,
+        .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
+        .overflows = dry ? &partial->overflows : NULL,
+    };
+    kernels->block(&block);
+}
+
 void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args)
 {
     const struct layout places = layout(kernels, args);
-    const int64_t rank = args->rank, height = kernels->tile_rows, width = kernels->tile_columns;
-    const int64_t rows = args->weight.rows, columns = args->weight.columns, stride = args->weight.stride;
     const int dry = args->overflows != NULL;
-    char *base = args->workspace;
-    float *right = (float *)base, *left = (float *)(base + places.left);
-    struct partial *partials = (struct partial *)(base + places.partials);
-    (void)threads; /* unused without OpenMP */
-
-    double effective = 0;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t panel = 0; panel < places.panels; ++panel)
-        kernels->pack_panel(args->right + panel * width * args->right_column_stride, args->right_column_stride,
-                            args->right_rank_stride, rank, at_most(width, columns - panel * width), args->weight.dtype,
-                            right + panel * width * rank);
-    if (args->sums != NULL && !dry) effective = effective_rank(kernels, threads, args, &places);
-
+    const struct partial *partials = (const struct partial *)((char *)args->workspace + places.partials);
+    const double effective = args->sums != NULL && !dry ? effective_rank(kernels, threads, args, &places) : 0;
+    pack_right(kernels, threads, args, &places);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t number = 0; number < places.blocks; ++number) {
-        const int64_t first = number * BLOCK_TILES * height, count = at_most(BLOCK_TILES * height, rows - first);
-        for (int64_t row = first; row < first + count; row += height)
-            kernels->pack(args->left + row * args->left_row_stride, args->left_row_stride, args->left_rank_stride, rank,
-                          at_most(height, rows - row), height, left + row * rank);
-        struct partial *partial = &partials[number];
-        partial->overflows = 0;
-        const struct cpu_merge_block block = {
-            .weight = (char *)args->weight.data + (size_t)(first * stride) * plora__dtype_size(args->weight.dtype),
-            .stride = stride,
-            .rows = count,
-            .columns = columns,
-            .rank = rank,
-            .dtype = args->weight.dtype,
-            .factor = args->factor,
-            .left = left + first * rank,
-            .right = right,
-            .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
-            .overflows = dry ? &partial->overflows : NULL,
-        };
-        kernels->block(&block);
-    }
+    for (int64_t number = 0; number < places.blocks; ++number)
+        merge_block(kernels, args, &places, number);
     combine(partials, places.blocks, dry ? NULL : args->sums, args->overflows);
     if (args->sums != NULL && !dry) args->sums->effective_rank = effective;
 }
@@ -186,14 +208,32 @@ const struct cpu_merge_kernels *cpu_merge_kernels(int isa)
         &cpu_merge_kernels_portable,
         &cpu_merge_kernels_avx2,
         &cpu_merge_kernels_avx512,
+        &cpu_merge_kernels_amx,
     };
     return tables[isa];
+}
+
+/* Matrix tiles take as long for a rank of 1 as for one of 32: below about 16, or 8 in a 16-bit weight, vectors are faster. */
+static const struct cpu_merge_kernels *kernels_for(const struct plora__merge_args *args)
+{
+    const int isa = cpu_isa(), size = (int)plora__dtype_size(args->weight.dtype);
+    return cpu_merge_kernels(isa == CPU_ISA_AMX && args->rank <= 4 * size ? CPU_ISA_AVX512 : isa);
+}
+
+void cpu_merge_rows(int threads, const struct plora__merge_args *args)
+{
+    const struct cpu_merge_kernels *kernels = kernels_for(args);
+    const struct layout places = layout(kernels, args);
+    pack_right(kernels, threads, args, &places);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t number = 0; number < places.blocks; ++number)
+        merge_block(kernels, args, &places, number);
 }
 
 size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)
 {
     (void)device;
-    return cpu_merge_workspace_with(cpu_merge_kernels(cpu_isa()), args);
+    return cpu_merge_workspace_with(kernels_for(args), args);
 }
 
 plora_status cpu_magnitudes(void *device, const struct plora__magnitude_args *args, void *stream)
@@ -210,6 +250,6 @@ plora_status cpu_merge(void *device, const struct plora__merge_args *args, void 
     (void)stream;
     const double elements = (double)args->weight.rows * (double)args->weight.columns;
     const int threads = cpu_threads_for(device, (2.0 * (double)args->rank + 8.0) * elements);
-    cpu_merge_with(cpu_merge_kernels(cpu_isa()), threads, args);
+    cpu_merge_with(kernels_for(args), threads, args);
     return PLORA_OK;
 }

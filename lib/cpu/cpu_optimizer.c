@@ -100,6 +100,7 @@ const struct cpu_optimizer_kernels *cpu_optimizer_kernels(int isa)
         &cpu_optimizer_kernels_portable,
         &cpu_optimizer_kernels_avx2,
         &cpu_optimizer_kernels_avx512,
+        &cpu_optimizer_kernels_amx,
     };
     return tables[isa];
 }

@@ -8,7 +8,8 @@
 #define CPU_ISA_PORTABLE 0 /* what the compiler's default target has */
 #define CPU_ISA_AVX2 1     /* AVX2, FMA, F16C */
 #define CPU_ISA_AVX512 2   /* AVX-512 F, BW, DQ, VL, and all of AVX2's */
-#define CPU_ISA_COUNT 3
+#define CPU_ISA_AMX 3      /* and matrix tiles of bf16 */
+#define CPU_ISA_COUNT 4
 
 /* The highest level that this processor and operating system support. */
 int cpu_isa(void);

@@ -1,6 +1,7 @@
 /* merge_kernels.c: W += factor * left right, a tile of W at a time, compiled once per instruction level (isa.h).
  *
  *     sum[i,j] = sum_r left[i,r] right[r,j]      fp32 accumulators in registers, TILE_ROWS x TILE_VECTORS of them
+ *                                                (AMX: in matrix tiles, merge_tiles.h)
  *     W[i,j]   = round(W[i,j] + factor sum[i,j]) one fma (portable level: product and sum) and one rounding to nearest even
  *
  * W is read and written once; rows of tiles walk along the columns, and the next tile's lines are prefetched while this one
@@ -15,14 +16,18 @@
 #include "dtype.h"
 #include "vector.h"
 
-#if CPU_ISA == CPU_ISA_AVX512
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, GRAM_ROWS = 4 };
+#if CPU_ISA == CPU_ISA_AMX
+enum { TILE_ROWS = 16, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 0, FETCH_LEVEL = 2 };
+#elif CPU_ISA == CPU_ISA_AVX512
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #elif CPU_ISA == CPU_ISA_AVX2
-enum { TILE_ROWS = 6, TILE_VECTORS = 2, GRAM_ROWS = 2 };
+enum { TILE_ROWS = 6, TILE_VECTORS = 2, BLOCK_TILES = 4, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #else
-enum { TILE_ROWS = 4, TILE_VECTORS = 2, GRAM_ROWS = 2 };
+enum { TILE_ROWS = 4, TILE_VECTORS = 2, BLOCK_TILES = 4, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #endif
 enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
+
+#define PAIR_BYTES(dtype) (((dtype) == PLORA_F32 ? 2 : 1) * (int64_t)sizeof(cpu_vf))
 
 typedef int32_t __attribute__((may_alias)) aliased_int32;
 
@@ -83,7 +88,7 @@ CPU_INLINE struct pair split_bf16(cpu_vu halves)
 CPU_INLINE cpu_vu join_bf16(struct pair value)
 {
     const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     enum { OR_AND = 0xf8 }; /* a | (b & c) */
     const __m512i high =
         _mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32((int)0xffff0000u), OR_AND);
@@ -133,26 +138,76 @@ CPU_INLINE void add_sums(struct lane_sums *sums, cpu_vf before, cpu_vf after, cp
     sums->changed -= (cpu_vi)before != (cpu_vi)after;
 }
 
-/* One tile at `weight`, rows `stride` bytes apart. sums may be NULL; dtype and sums != NULL are constants at every call. */
-CPU_INLINE void merge_tile(char *weight, int64_t stride, const float *left, const float *right, int64_t rank,
-                           float factor, int32_t dtype, struct lane_sums *sums)
+/* One row of a tile. dtype and sums != NULL are constants at every call. */
+CPU_INLINE void add_row(char *weight, const cpu_vf sum[TILE_VECTORS], float factor, int32_t dtype,
+                        struct lane_sums *sums)
+{
+    const cpu_vf factors = cpu_broadcast(factor);
+#pragma GCC unroll 8
+    for (int j = 0; j < TILE_VECTORS; j += 2, weight += PAIR_BYTES(dtype)) {
+        const struct pair before = load_pair(weight, dtype);
+        const struct pair after = {cpu_fma(factors, sum[j], before.first), cpu_fma(factors, sum[j + 1], before.second)};
+        store_pair(weight, after, dtype);
+        if (sums != NULL) {
+            const struct pair stored = load_pair(weight, dtype);
+            const cpu_vd wide_factor = cpu_widen(factors, 0);
+            add_sums(sums, before.first, stored.first, sum[j], wide_factor);
+            add_sums(sums, before.second, stored.second, sum[j + 1], wide_factor);
+        }
+    }
+}
+
+/* One tile at `weight`, rows `stride` bytes apart. */
+CPU_INLINE void add_tile(char *weight, int64_t stride, cpu_vf sum[TILE_ROWS][TILE_VECTORS], float factor, int32_t dtype,
+                         struct lane_sums *sums)
+{
+    atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; ++i)
+        add_row(weight + i * stride, sum[i], factor, dtype, sums);
+}
+
+/* The next tile, whose lines are fetched row by row while this one is computed: all at once would use up the fill buffers. */
+struct ahead {
+    uintptr_t row; /* may lie past the weight, where a prefetch does no harm */
+    int64_t stride, row_bytes, done;
+};
+
+CPU_INLINE void fetch_row(struct ahead *next)
+{
+    for (int64_t line = 0; line < next->row_bytes; line += CACHE_LINE)
+        __builtin_prefetch((const char *)(next->row + (uintptr_t)line), FETCH_TO_WRITE, FETCH_LEVEL);
+    next->row += (uintptr_t)next->stride;
+    ++next->done;
+}
+
+#if CPU_ISA == CPU_ISA_AMX
+#include "merge_tiles.h"
+#else
+static int64_t depth(int64_t rank)
+{
+    return rank;
+}
+
+struct lag {
+    char unused; /* the sum of a tile is added at once */
+};
+
+CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const float *left, const float *right,
+                           int64_t rank, float factor, int32_t dtype, struct lane_sums *sums, struct ahead next)
 {
     cpu_vf sum[TILE_ROWS][TILE_VECTORS];
-    const int64_t pair_bytes = (dtype == PLORA_F32 ? 2 : 1) * (int64_t)sizeof(cpu_vf),
-                  row_bytes = pair_bytes * TILE_VECTORS / 2;
     const int64_t phase = (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL; /* of the sum over r */
-    uintptr_t next = (uintptr_t)weight + (uintptr_t)row_bytes; /* may lie past the row, where a prefetch does no harm */
+    (void)lag;
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; ++i)
 #pragma GCC unroll 8
         for (int j = 0; j < TILE_VECTORS; ++j)
             sum[i][j] = (cpu_vf){0};
-    /* The prefetches of the next tile are spread over the sum: all at once would use up the fill buffers. */
-    for (int64_t end = 0, r = 0, ahead = 0; r < rank;) {
+    for (int64_t end = 0, r = 0; r < rank;) {
         end = end + phase < rank ? end + phase : rank;
-        for (; ahead * rank < end * TILE_ROWS; ++ahead, next += (uintptr_t)stride)
-            for (int64_t line = 0; line < row_bytes; line += CACHE_LINE)
-                __builtin_prefetch((const char *)(next + (uintptr_t)line), 1);
+        while (next.done * rank < end * TILE_ROWS)
+            fetch_row(&next);
 #pragma GCC unroll 4
         for (; r < end; ++r, left += TILE_ROWS, right += TILE_COLUMNS) {
             cpu_vf row[TILE_VECTORS];
@@ -168,25 +223,22 @@ CPU_INLINE void merge_tile(char *weight, int64_t stride, const float *left, cons
             }
         }
     }
-    atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
-    const cpu_vf factors = cpu_broadcast(factor);
-#pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; ++i)
-#pragma GCC unroll 8
-        for (int j = 0; j < TILE_VECTORS; j += 2) {
-            char *place = weight + i * stride + j / 2 * pair_bytes;
-            const struct pair before = load_pair(place, dtype);
-            const struct pair after = {cpu_fma(factors, sum[i][j], before.first),
-                                       cpu_fma(factors, sum[i][j + 1], before.second)};
-            store_pair(place, after, dtype);
-            if (sums != NULL) {
-                const struct pair stored = load_pair(place, dtype);
-                const cpu_vd wide_factor = cpu_widen(factors, 0);
-                add_sums(sums, before.first, stored.first, sum[i][j], wide_factor);
-                add_sums(sums, before.second, stored.second, sum[i][j + 1], wide_factor);
-            }
-        }
+    add_tile(weight, stride, sum, factor, dtype, sums);
 }
+
+CPU_INLINE void finish_tile(struct lag *lag, float factor, int32_t dtype, struct lane_sums *sums)
+{
+    (void)lag, (void)factor, (void)dtype, (void)sums;
+}
+
+static void open_tiles(void)
+{
+}
+
+static void close_tiles(void)
+{
+}
+#endif
 
 /* Copies the part [rows, columns] of a tile between W and the padded copy. */
 static void copy_tile(char *to, int64_t to_stride, const char *from, int64_t from_stride, int64_t rows,
@@ -207,15 +259,17 @@ static int64_t count_overflows(const char *before, const char *after, int64_t el
 CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, struct lane_sums *sums)
 {
     const int64_t size = (int64_t)plora__dtype_size(dtype), stride = block->stride * size,
-                  tile_stride = TILE_COLUMNS * size;
+                  tile_stride = TILE_COLUMNS * size, deep = depth(block->rank);
+    struct lag lag = {0};
     for (int64_t column = 0; column < block->columns; column += TILE_COLUMNS) {
-        const float *right = block->right + column * block->rank;
+        const float *right = block->right + column * deep;
         for (int64_t row = 0; row < block->rows; row += TILE_ROWS) {
-            const float *left = block->left + row * block->rank;
+            const float *left = block->left + row * deep;
             char *weight = (char *)block->weight + row * stride + column * size;
+            const struct ahead next = {(uintptr_t)weight + (uintptr_t)tile_stride, stride, tile_stride, 0};
             const int64_t rows = block->rows - row, columns = block->columns - column;
             if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL) {
-                merge_tile(weight, stride, left, right, block->rank, block->factor, dtype, sums);
+                merge_tile(&lag, weight, stride, left, right, block->rank, block->factor, dtype, sums, next);
                 continue;
             }
             _Alignas(CACHE_LINE) char tile[2][TILE_ROWS * TILE_COLUMNS * sizeof(float)];
@@ -224,13 +278,15 @@ CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, 
             const size_t row_bytes = (size_t)((columns < TILE_COLUMNS ? columns : TILE_COLUMNS) * size);
             copy_tile(tile[0], tile_stride, weight, stride, valid_rows, row_bytes);
             if (block->overflows != NULL) memcpy(tile[1], tile[0], sizeof tile[1]);
-            merge_tile(tile[0], tile_stride, left, right, block->rank, block->factor, dtype, sums);
+            merge_tile(&lag, tile[0], tile_stride, left, right, block->rank, block->factor, dtype, sums, next);
+            finish_tile(&lag, block->factor, dtype, sums);
             if (block->overflows != NULL)
                 *block->overflows += count_overflows(tile[1], tile[0], TILE_ROWS * TILE_COLUMNS, dtype);
             else
                 copy_tile(weight, stride, tile[0], tile_stride, valid_rows, row_bytes);
         }
     }
+    finish_tile(&lag, block->factor, dtype, sums);
 }
 
 #define DEFINE_BLOCK(name, dtype)                                                                                      \
@@ -247,18 +303,18 @@ DEFINE_BLOCK(f32, PLORA_F32)
 DEFINE_BLOCK(bf16, PLORA_BF16)
 DEFINE_BLOCK(f16, PLORA_F16)
 
-static void merge(const struct cpu_merge_block *block)
+static void merge_plain(const struct cpu_merge_block *block)
 {
-    if (block->overflows != NULL) *block->overflows = 0;
-    if (block->sums == NULL || block->overflows != NULL) {
-        if (block->dtype == PLORA_F32)
-            merge_f32(block);
-        else if (block->dtype == PLORA_BF16)
-            merge_bf16(block);
-        else
-            merge_f16(block);
-        return;
-    }
+    if (block->dtype == PLORA_F32)
+        merge_f32(block);
+    else if (block->dtype == PLORA_BF16)
+        merge_bf16(block);
+    else
+        merge_f16(block);
+}
+
+static void merge_with_sums(const struct cpu_merge_block *block)
+{
     struct lane_sums lanes;
     memset(&lanes, 0, sizeof lanes);
     if (block->dtype == PLORA_F32)
@@ -279,6 +335,17 @@ static void merge(const struct cpu_merge_block *block)
         if (lanes.lost_max[i] > sums->lost_max) sums->lost_max = lanes.lost_max[i];
 }
 
+static void merge(const struct cpu_merge_block *block)
+{
+    if (block->overflows != NULL) *block->overflows = 0;
+    open_tiles();
+    if (block->sums == NULL || block->overflows != NULL)
+        merge_plain(block);
+    else
+        merge_with_sums(block);
+    close_tiles();
+}
+
 static void pack(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count, int64_t width,
                  float *packed)
 {
@@ -291,6 +358,13 @@ static void pack(const float *source, int64_t stride, int64_t rank_stride, int64
         for (int64_t c = count; c < width; ++c)
             packed[c] = 0.0f;
     }
+}
+
+#if CPU_ISA != CPU_ISA_AMX
+static void pack_tile(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count,
+                      float *packed)
+{
+    pack(source, stride, rank_stride, rank, count, TILE_ROWS, packed);
 }
 
 static void pack_panel(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count,
@@ -307,6 +381,7 @@ static void pack_panel(const float *source, int64_t stride, int64_t rank_stride,
         }
     }
 }
+#endif
 
 static void gram(const float *panels, int64_t panel_count, int64_t rank, int64_t begin, double *gram)
 {
@@ -353,7 +428,10 @@ static uint32_t magnitude(const float *values, int64_t count)
 const struct cpu_merge_kernels CPU_ISA_NAME(cpu_merge_kernels) = {
     .tile_rows = TILE_ROWS,
     .tile_columns = TILE_COLUMNS,
+    .block_rows = BLOCK_TILES * TILE_ROWS,
+    .depth = depth,
     .pack = pack,
+    .pack_tile = pack_tile,
     .pack_panel = pack_panel,
     .block = merge,
     .gram_rows = GRAM_ROWS,

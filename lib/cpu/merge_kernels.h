@@ -2,8 +2,8 @@
  *
  *     W[rows,columns] += factor * left[rows,R] right[R,columns]
  *
- *     left, packed:  row tiles     [ceil(rows / tile_rows)][R][tile_rows]             zeros beyond the edges
- *     right, packed: column panels [ceil(columns / tile_columns)][R][tile_columns]
+ *     left, packed:  row tiles     [ceil(rows / tile_rows)][depth(R)][tile_rows]             zeros beyond the edges
+ *     right, packed: column panels [ceil(columns / tile_columns)][depth(R)][tile_columns]
  *
  * Inside a panel the columns are in the order in which the kernel's registers hold those of W. */
 #ifndef PLORA_CPU_MERGE_KERNELS_H
@@ -24,15 +24,18 @@ struct cpu_merge_block {
 };
 
 struct cpu_merge_kernels {
-    int tile_rows, tile_columns;
-    /* One tile or panel: packed[r * width + place(c)] = source[c * stride + r * rank_stride], 0 for c in [count, width). */
+    int tile_rows, tile_columns, block_rows; /* block_rows, a multiple of tile_rows, is a good size for block() */
+    int64_t (*depth)(int64_t rank);          /* floats that the packed forms take for each row or column, >= rank */
+    /* packed[r * width + c] = source[c * stride + r * rank_stride], 0 for c in [count, width). */
     void (*pack)(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count, int64_t width,
                  float *packed);
-    /* The same for a panel that is to meet a weight of this dtype. */
+    /* One row tile, and one column panel that is to meet a weight of this dtype, in the order that block() wants. */
+    void (*pack_tile)(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count,
+                      float *packed);
     void (*pack_panel)(const float *source, int64_t stride, int64_t rank_stride, int64_t rank, int64_t count,
                        int32_t dtype, float *packed);
     void (*block)(const struct cpu_merge_block *block);
-    /* gram[i * rank + j] = sum_c x[i,c] x[j,c] over panels of any column order, for rows i in [begin, begin + gram_rows) and
+    /* gram[i * rank + j] = sum_c x[i,c] x[j,c] over pack()ed panels, for rows i in [begin, begin + gram_rows) and
      * j >= begin, and their mirror images. */
     int gram_rows;
     void (*gram)(const float *panels, int64_t panel_count, int64_t rank, int64_t begin, double *gram);
@@ -43,6 +46,7 @@ struct cpu_merge_kernels {
 extern const struct cpu_merge_kernels cpu_merge_kernels_portable;
 extern const struct cpu_merge_kernels cpu_merge_kernels_avx2;
 extern const struct cpu_merge_kernels cpu_merge_kernels_avx512;
+extern const struct cpu_merge_kernels cpu_merge_kernels_amx;
 
 /* The table of a level. */
 const struct cpu_merge_kernels *cpu_merge_kernels(int isa);
@@ -50,6 +54,7 @@ const struct cpu_merge_kernels *cpu_merge_kernels(int isa);
 /* The launchers below cpu_merge_workspace() and cpu_merge(), for a given table. */
 size_t cpu_merge_workspace_with(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args);
 void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__merge_args *args);
-void cpu_magnitudes_with(const struct cpu_merge_kernels *kernels, int threads, const struct plora__magnitude_args *args);
+void cpu_magnitudes_with(const struct cpu_merge_kernels *kernels, int threads,
+                         const struct plora__magnitude_args *args);
 
 #endif

@@ -30,6 +30,7 @@ struct cpu_optimizer_kernels {
 extern const struct cpu_optimizer_kernels cpu_optimizer_kernels_portable;
 extern const struct cpu_optimizer_kernels cpu_optimizer_kernels_avx2;
 extern const struct cpu_optimizer_kernels cpu_optimizer_kernels_avx512;
+extern const struct cpu_optimizer_kernels cpu_optimizer_kernels_amx;
 
 /* The table of a level. */
 const struct cpu_optimizer_kernels *cpu_optimizer_kernels(int isa);

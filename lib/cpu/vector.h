@@ -16,9 +16,13 @@
 #include <immintrin.h>
 #endif
 
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
 #define CPU_LANES 16
+#if CPU_ISA == CPU_ISA_AMX
+#define CPU_ISA_NAME(name) name##_amx
+#else
 #define CPU_ISA_NAME(name) name##_avx512
+#endif
 #elif CPU_ISA == CPU_ISA_AVX2
 #define CPU_LANES 8
 #define CPU_ISA_NAME(name) name##_avx2
@@ -58,7 +62,7 @@ CPU_INLINE cpu_vf cpu_broadcast(float value)
 /* a b + c */
 CPU_INLINE cpu_vf cpu_fma(cpu_vf a, cpu_vf b, cpu_vf c)
 {
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_fmadd_ps(a, b, c);
 #elif CPU_ISA == CPU_ISA_AVX2
     return _mm256_fmadd_ps(a, b, c);
@@ -69,7 +73,7 @@ CPU_INLINE cpu_vf cpu_fma(cpu_vf a, cpu_vf b, cpu_vf c)
 
 CPU_INLINE cpu_vd cpu_fma_double(cpu_vd a, cpu_vd b, cpu_vd c)
 {
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_fmadd_pd(a, b, c);
 #elif CPU_ISA == CPU_ISA_AVX2
     return _mm256_fmadd_pd(a, b, c);
@@ -80,7 +84,7 @@ CPU_INLINE cpu_vd cpu_fma_double(cpu_vd a, cpu_vd b, cpu_vd c)
 
 CPU_INLINE cpu_vf cpu_sqrt(cpu_vf value)
 {
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_sqrt_ps(value);
 #elif CPU_ISA == CPU_ISA_AVX2
     return _mm256_sqrt_ps(value);
@@ -96,7 +100,7 @@ CPU_INLINE cpu_vf cpu_sqrt(cpu_vf value)
 /* The doubles of the lower (half 0) and upper (half 1) lanes. */
 CPU_INLINE cpu_vd cpu_widen(cpu_vf value, int half)
 {
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_cvtps_pd(half ? _mm512_extractf32x8_ps(value, 1) : _mm512_castps512_ps256(value));
 #else
     cpu_vh halves[2];
@@ -117,7 +121,7 @@ CPU_INLINE cpu_vd cpu_load_double(const float *from)
 CPU_INLINE cpu_vd cpu_max_magnitude_double(cpu_vd maximum, cpu_vd value)
 {
     const cpu_vd magnitude = (cpu_vd)((cpu_vl)value & INT64_MAX);
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_max_pd(magnitude, maximum);
 #else
     const cpu_vl greater = magnitude > maximum;
@@ -128,7 +132,7 @@ CPU_INLINE cpu_vd cpu_max_magnitude_double(cpu_vd maximum, cpu_vd value)
 /* Lane by lane, the 64-bit product of the lower 32 bits of a and of b. */
 CPU_INLINE cpu_vul cpu_multiply_low(cpu_vul a, cpu_vul b)
 {
-#if CPU_ISA == CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX512
     return (cpu_vul)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif CPU_ISA == CPU_ISA_AVX2
     return (cpu_vul)_mm256_mul_epu32((__m256i)a, (__m256i)b);

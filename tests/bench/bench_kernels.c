@@ -89,7 +89,7 @@ static double peak_portable(void)
 static double measure_peak(void)
 {
     static volatile double sink;
-    const double lanes = cpu_isa() == CPU_ISA_AVX512 ? 16 : cpu_isa() == CPU_ISA_AVX2 ? 8 : 4;
+    const double lanes = cpu_isa() >= CPU_ISA_AVX512 ? 16 : cpu_isa() == CPU_ISA_AVX2 ? 8 : 4;
     double best = 1e9;
     for (int repeat = 0; repeat < 50; ++repeat) {
         const double start = now();
@@ -97,7 +97,7 @@ static double measure_peak(void)
 #pragma omp parallel for num_threads(threads) reduction(+ : total)
         for (int i = 0; i < threads; ++i)
 #ifdef __x86_64__
-            total += cpu_isa() == CPU_ISA_AVX512 ? peak_avx512()
+            total += cpu_isa() >= CPU_ISA_AVX512 ? peak_avx512()
                      : cpu_isa() == CPU_ISA_AVX2 ? peak_avx2()
                                                  : peak_portable();
 #else
