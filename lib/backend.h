@@ -10,6 +10,7 @@
 #ifndef PLORA_BACKEND_H
 #define PLORA_BACKEND_H
 
+#include "host_device.h"
 #include "plora.h"
 
 struct plora__dropout {
@@ -92,6 +93,13 @@ struct plora__magnitude_args {
     int32_t segment_count;
 };
 
+/* The random numbers of a stochastic rounding (rounding.h): W(i, j) takes that of element first_element + i * row_elements + j. */
+struct plora__merge_draw {
+    uint64_t seed, stage;
+    int64_t first_element, row_elements;
+    int32_t layer;
+};
+
 /* W += m s B A on one weight, seen as W[rows, columns] += factor * left[rows, R] right[R, columns]:
  * left = B, right = A, or with fan_in_fan_out left = A^T, right = B^T. The sum is formed in fp32 and rounded once. */
 struct plora__merge_args {
@@ -103,6 +111,10 @@ struct plora__merge_args {
     int64_t left_row_stride, left_rank_stride; /* left(i, r) = left[i * left_row_stride + r * left_rank_stride] */
     const float *right;
     int64_t right_rank_stride, right_column_stride;
+    /* PLORA_ROUND_STOCHASTIC and PLORA_ROUND_RESIDUAL, for W in 16 bits. */
+    struct plora__merge_draw draw;
+    uint16_t *residual; /* the low halves of W, [rows, columns] */
+    int64_t residual_stride;
     struct plora__merge_sums *sums; /* NULL = no report */
     /* Not NULL: a trial. W stays as it is, and this becomes the number of finite elements of W that the merge would make
      * infinite or NaN. */
@@ -110,12 +122,103 @@ struct plora__merge_args {
     void *workspace; /* 64-byte aligned, merge_workspace() bytes */
 };
 
-/* Sums over the elements of one weight, with d = the wanted update and g = W' - W. */
+/* Sums over the elements of one weight, with d = the wanted update and g = W' - W, residuals included. */
 struct plora__merge_sums {
     double dd, gd, ww;     /* sum d^2, g d, W^2 */
+    double ll;             /* sum (d - g)^2 */
     double changed;        /* number of elements whose bits changed */
     double lost_max;       /* max |d - g| */
     double effective_rank; /* of left right: (sum sigma^2)^2 / sum sigma^4, 0 when it is 0 */
+};
+
+/* One adapter of a batch. */
+struct plora__batch_slot {
+    const float *a; /* [R,K] */
+    const float *b; /* [N,R] */
+    int32_t rank;   /* 0 = nothing to add */
+    float scale;
+};
+
+/* Neighbours in the list of a batch's tokens that belong to one slot. */
+struct plora__batch_segment {
+    int32_t slot; /* -1 = nothing to add */
+    int32_t first, count;
+    int32_t tile; /* by plora__batch_cut() */
+};
+
+/* y[t] += s (x[t] A^T) B^T with the slot of each token t in a list of them; other rows of y stay as they are. What comes out for a token
+ * has the same bits whatever else is in the batch. */
+struct plora__batch_args {
+    int64_t tokens;                    /* in the list */
+    int64_t in_features, out_features; /* K, N */
+    int64_t max_rank;                  /* of the slots that the segments name, at least */
+    int32_t segment_count;
+    int32_t tiles; /* what plora__batch_cut() returned */
+    /* What kernels read: device memory. */
+    const struct plora__batch_segment *segments; /* they cover [0, tokens) of the list, cut */
+    const struct plora__batch_slot *slots;
+    const int32_t *list; /* [tokens] rows of x and y, each at most once; NULL = 0, 1, 2 ... */
+    plora_matrix x;      /* [.,K], F32 or BF16 */
+    plora_matrix y;      /* [.,N], F32 or BF16 */
+    void *workspace;     /* 64-byte aligned, batch_workspace() bytes */
+};
+
+/* Segments are worked on in tiles of PLORA__BATCH_TILE tokens: notes in each how many tiles there are before it, and returns how many
+ * there are. To be called on the host, before the segments are copied to the device. */
+enum { PLORA__BATCH_TILE = 64 };
+
+static inline int32_t plora__batch_cut(struct plora__batch_segment *segments, int32_t count)
+{
+    int32_t tiles = 0;
+    for (int32_t i = 0; i < count; ++i) {
+        segments[i].tile = tiles;
+        if (segments[i].slot >= 0) tiles += (segments[i].count + PLORA__BATCH_TILE - 1) / PLORA__BATCH_TILE;
+    }
+    return tiles;
+}
+
+/* The segment that has a tile. */
+PLORA__HOST_DEVICE static inline int32_t plora__batch_find(const struct plora__batch_segment *segments, int32_t count,
+                                                           int32_t tile)
+{
+    int32_t low = 0, high = count - 1; /* the last one that has no more tiles before it */
+    while (low < high) {
+        const int32_t middle = low + (high - low + 1) / 2;
+        if (segments[middle].tile <= tile)
+            low = middle;
+        else
+            high = middle - 1;
+    }
+    return low;
+}
+
+/* A quantised W[rows, columns], every value a code times a scale.
+ *
+ *     INT8   W(i,j) = codes[i * columns + j] * scales[i * ceil(columns / group) + j / group]
+ *     NF4    W(i,j) = nf4(e) * absmax(e / 64), e = i * columns + j; the four bits of element e are in byte e / 2, the upper half when e
+ *            is even; nf4.h has the 16 values. The layout is that of bitsandbytes.
+ *            absmax(b) = scales[b], or doubly quantised, map[nested_codes[b]] * scales[b / 256] + offset
+ *
+ * Each product and each sum is rounded to fp32: the same bits on every backend. */
+enum { PLORA__QUANTISED_INT8, PLORA__QUANTISED_NF4 };
+enum { PLORA__NF4_BLOCK = 64, PLORA__NF4_NESTED_BLOCK = 256 };
+
+struct plora__quantised {
+    int32_t format;
+    float offset; /* of the absmax, when doubly quantised */
+    int64_t rows, columns;
+    int64_t group;               /* INT8: columns that share a scale; `columns` = one scale a row */
+    const void *codes;           /* int8_t or nibbles */
+    const float *scales;         /* see above */
+    const uint8_t *nested_codes; /* of the absmax, NULL when it is not quantised itself */
+    const float *map;            /* [256] */
+};
+
+/* A panel of it, from (first_row, first_column) on. */
+struct plora__dequantise_args {
+    struct plora__quantised weight;
+    int64_t first_row, first_column;
+    plora_matrix out; /* the panel, F32 or BF16 (rounded once more) */
 };
 
 /* The host memory of a context, for what a backend keeps on the host: 64-byte aligned, counted in plora_memory_stats(). */
@@ -159,11 +262,17 @@ struct plora_backend {
     plora_status (*magnitudes)(void *device, const struct plora__magnitude_args *args, void *stream);
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
     plora_status (*merge)(void *device, const struct plora__merge_args *args, void *stream);
+
+    /* Only tokens, K, N, max_rank and dtypes are read; it grows with each of them. */
+    size_t (*batch_workspace)(void *device, const struct plora__batch_args *args);
+    plora_status (*batch_forward)(void *device, const struct plora__batch_args *args, void *stream);
+    plora_status (*dequantise)(void *device, const struct plora__dequantise_args *args, void *stream);
 };
 
 /* The table of PLORA_BACKEND_..., or NULL for an unknown number. */
 const struct plora_backend *plora__backend(int32_t backend);
 
 extern const struct plora_backend plora__cpu_backend;
+extern const struct plora_backend plora__cuda_backend; /* not in a build without CUDA */
 
 #endif

@@ -1,4 +1,4 @@
-/* context.c: the context handle: backend, host memory with its accounting, log. */
+/* context.c: the context handle: backend, memory with its accounting, log. */
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -43,6 +43,15 @@ static void release_for_backend(void *owner, void *memory, size_t bytes)
     plora__free(owner, memory, bytes);
 }
 
+static void count_allocation(struct plora__memory_count *count, size_t bytes)
+{
+    const size_t now = atomic_fetch_add(&count->current_bytes, bytes) + bytes;
+    size_t peak = atomic_load(&count->peak_bytes);
+    while (now > peak && !atomic_compare_exchange_weak(&count->peak_bytes, &peak, now)) {
+    }
+    atomic_fetch_add(&count->allocations, 1);
+}
+
 plora_status plora_context_create(const plora_context_options *given, plora_context **context)
 {
     PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
@@ -50,6 +59,8 @@ plora_status plora_context_create(const plora_context_options *given, plora_cont
     PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_context_options"));
     PLORA_CHECK((options.host_allocate == NULL) == (options.host_free == NULL), PLORA_ERROR_INVALID_ARGUMENT,
                 "host_allocate and host_free must be given together");
+    PLORA_CHECK((options.device_allocate == NULL) == (options.device_free == NULL), PLORA_ERROR_INVALID_ARGUMENT,
+                "device_allocate and device_free must be given together");
     PLORA_CHECK(options.threads >= 0, PLORA_ERROR_INVALID_ARGUMENT, "threads is %d: must be >= 0", options.threads);
     PLORA_CHECK(options.deterministic == 0 || options.deterministic == 1, PLORA_ERROR_INVALID_ARGUMENT,
                 "deterministic is %d: must be 0 or 1", options.deterministic);
@@ -68,10 +79,7 @@ plora_status plora_context_create(const plora_context_options *given, plora_cont
     created->options = options;
     created->backend = backend;
     atomic_init(&created->references, 1);
-    atomic_init(&created->current_bytes, sizeof *created);
-    atomic_init(&created->peak_bytes, sizeof *created);
-    atomic_init(&created->mapped_bytes, 0);
-    atomic_init(&created->allocations, 1);
+    count_allocation(&created->host_memory, sizeof *created);
     const struct plora__host_memory memory = {allocate_for_backend, release_for_backend, created};
     const plora_status status = backend->open(&created->options, &memory, &created->device);
     if (status != PLORA_OK) {
@@ -110,9 +118,12 @@ plora_status plora_memory_stats(const plora_context *context, plora_memory_stati
 {
     PLORA_CHECK(context != NULL, PLORA_ERROR_INVALID_ARGUMENT, "context is NULL");
     plora_memory_statistics result = PLORA_MEMORY_STATISTICS_INIT;
-    result.current_bytes = atomic_load(&context->current_bytes);
-    result.peak_bytes = atomic_load(&context->peak_bytes);
-    result.allocations = atomic_load(&context->allocations);
+    result.current_bytes = atomic_load(&context->host_memory.current_bytes);
+    result.peak_bytes = atomic_load(&context->host_memory.peak_bytes);
+    result.allocations = atomic_load(&context->host_memory.allocations);
+    result.device_current_bytes = atomic_load(&context->device_memory.current_bytes);
+    result.device_peak_bytes = atomic_load(&context->device_memory.peak_bytes);
+    result.device_allocations = atomic_load(&context->device_memory.allocations);
     result.mapped_bytes = atomic_load(&context->mapped_bytes);
     return plora__write_result(statistics, &result, sizeof result, "plora_memory_statistics");
 }
@@ -129,22 +140,13 @@ plora_status plora__read_device(const plora_context *context, void *host, const 
     return context->backend->synchronize(context->device, stream);
 }
 
-static void count_allocation(plora_context *context, size_t bytes)
-{
-    const size_t now = atomic_fetch_add(&context->current_bytes, bytes) + bytes;
-    size_t peak = atomic_load(&context->peak_bytes);
-    while (now > peak && !atomic_compare_exchange_weak(&context->peak_bytes, &peak, now)) {
-    }
-    atomic_fetch_add(&context->allocations, 1);
-}
-
 plora_status plora__allocate(plora_context *context, size_t bytes, void **memory)
 {
     *memory = NULL;
     if (bytes == 0) return PLORA_OK;
     void *allocated = context->options.host_allocate(bytes, PLORA__ALIGNMENT, context->options.host_user);
     PLORA_CHECK(allocated != NULL, PLORA_ERROR_OUT_OF_MEMORY, "out of memory: %zu bytes", bytes);
-    count_allocation(context, bytes);
+    count_allocation(&context->host_memory, bytes);
     *memory = allocated;
     return PLORA_OK;
 }
@@ -160,20 +162,29 @@ void plora__free(plora_context *context, void *memory, size_t bytes)
 {
     if (memory == NULL) return;
     context->options.host_free(memory, bytes, context->options.host_user);
-    atomic_fetch_sub(&context->current_bytes, bytes);
+    atomic_fetch_sub(&context->host_memory.current_bytes, bytes);
+}
+
+/* The CPU has its device memory from plora__allocate(), which counts it. */
+static int has_own_memory(const plora_context *context)
+{
+    return context->options.backend != PLORA_BACKEND_CPU;
 }
 
 plora_status plora__device_allocate(plora_context *context, size_t bytes, void **memory)
 {
     *memory = NULL;
     if (bytes == 0) return PLORA_OK;
-    return context->backend->allocate(context->device, bytes, memory);
+    PLORA_TRY(context->backend->allocate(context->device, bytes, memory));
+    if (has_own_memory(context)) count_allocation(&context->device_memory, bytes);
+    return PLORA_OK;
 }
 
 void plora__device_free(plora_context *context, void *memory, size_t bytes)
 {
     if (memory == NULL) return;
     context->backend->release(context->device, memory, bytes);
+    if (has_own_memory(context)) atomic_fetch_sub(&context->device_memory.current_bytes, bytes);
 }
 
 plora_status plora__multiply(size_t a, size_t b, size_t *product)

@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "host_device.h"
 #include "plora.h"
 
 static inline int plora__dtype_known(int32_t dtype)
@@ -22,33 +23,33 @@ static inline const char *plora__dtype_name(int32_t dtype)
     return dtype == PLORA_F32 ? "F32" : dtype == PLORA_BF16 ? "BF16" : dtype == PLORA_F16 ? "F16" : "unknown dtype";
 }
 
-static inline uint32_t plora__float_bits(float value)
+PLORA__HOST_DEVICE static inline uint32_t plora__float_bits(float value)
 {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-static inline float plora__float_from_bits(uint32_t bits)
+PLORA__HOST_DEVICE static inline float plora__float_from_bits(uint32_t bits)
 {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-static inline float plora__bf16_to_float(uint16_t value)
+PLORA__HOST_DEVICE static inline float plora__bf16_to_float(uint16_t value)
 {
     return plora__float_from_bits((uint32_t)value << 16);
 }
 
-static inline uint16_t plora__float_to_bf16(float value)
+PLORA__HOST_DEVICE static inline uint16_t plora__float_to_bf16(float value)
 {
     const uint32_t bits = plora__float_bits(value);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return (uint16_t)((bits >> 16) | 0x40u);
     return (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-static inline float plora__f16_to_float(uint16_t value)
+PLORA__HOST_DEVICE static inline float plora__f16_to_float(uint16_t value)
 {
     const uint32_t sign = (uint32_t)(value & 0x8000u) << 16;
     const uint32_t magnitude = value & 0x7fffu;
@@ -58,7 +59,7 @@ static inline float plora__f16_to_float(uint16_t value)
     return plora__float_from_bits(sign | plora__float_bits(subnormal));
 }
 
-static inline uint16_t plora__float_to_f16(float value)
+PLORA__HOST_DEVICE static inline uint16_t plora__float_to_f16(float value)
 {
     const uint32_t bits = plora__float_bits(value);
     const uint16_t sign = (uint16_t)((bits >> 16) & 0x8000u);

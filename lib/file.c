@@ -142,6 +142,8 @@ plora_status plora__writer_write_device(struct plora__writer *writer, const void
     const plora_context *context = writer->context;
     if (context->options.backend == PLORA_BACKEND_CPU) return plora__writer_write(writer, data, bytes);
     const unsigned char *source = data;
+    if (bytes > 0)
+        PLORA_TRY(context->backend->synchronize(context->device, NULL)); /* what writes it may be on any stream */
     while (bytes > 0) {
         if (writer->buffered == BUFFER_BYTES) PLORA_TRY(flush(writer));
         const size_t room = BUFFER_BYTES - writer->buffered;

@@ -4,7 +4,8 @@
  *     path = DIRECTORY with model.safetensors            one shard
  *     path = DIRECTORY with model.safetensors.index.json shards, sorted by name: {"weight_map": {"tensor": "shard file", ...}}
  *
- * The layers point into the mappings, so that what an unload wrote is what a save reads. The format itself is safetensors.c's. */
+ * On the CPU the layers point into the mappings; on CUDA all tensors are copied into one block of device memory, and the layers point
+ * there. Either way what an unload wrote is what a save reads. The format itself is safetensors.c's. */
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -16,6 +17,8 @@
 struct plora__model_files {
     struct plora__safetensors *shards;
     int32_t shard_count, shard_capacity;
+    void *device; /* CUDA: the tensors, one after the other */
+    size_t device_bytes;
 };
 
 static const char index_name[] = "model.safetensors.index.json";
@@ -185,6 +188,50 @@ out:
     return status;
 }
 
+/* What a tensor takes in the block of device memory. */
+static size_t room_of(const struct plora__tensor *tensor)
+{
+    const size_t align = PLORA__ALIGNMENT;
+    return (tensor->bytes + align - 1) / align * align;
+}
+
+static plora_status copy_to_device(plora_context *context, const struct plora__model_files *files)
+{
+    unsigned char *place = files->device;
+    for (int32_t i = 0; i < files->shard_count; ++i)
+        for (int32_t t = 0; t < files->shards[i].tensor_count; ++t) {
+            const struct plora__tensor *tensor = &files->shards[i].tensors[t];
+            PLORA_TRY(context->backend->copy(context->device, place, tensor->data, tensor->bytes, NULL));
+            place += room_of(tensor);
+        }
+    return context->backend->synchronize(context->device, NULL);
+}
+
+/* Moves every tensor into device memory, and gives the mappings back. */
+static plora_status move_to_device(plora_context *context, struct plora__model_files *files)
+{
+    size_t bytes = 0;
+    for (int32_t i = 0; i < files->shard_count; ++i)
+        for (int32_t t = 0; t < files->shards[i].tensor_count; ++t)
+            bytes += room_of(&files->shards[i].tensors[t]);
+    PLORA_TRY(plora__device_allocate(context, bytes, &files->device));
+    files->device_bytes = bytes;
+    PLORA_TRY(copy_to_device(context, files));
+    unsigned char *place = files->device;
+    for (int32_t i = 0; i < files->shard_count; ++i) {
+        struct plora__safetensors *shard = &files->shards[i];
+        for (int32_t t = 0; t < shard->tensor_count; ++t) {
+            struct plora__tensor *tensor = &shard->tensors[t];
+            if (tensor->copied) plora__free(context, tensor->data, tensor->bytes);
+            tensor->copied = 0;
+            if (tensor->bytes > 0) tensor->data = place;
+            place += room_of(tensor);
+        }
+        plora__file_unmap(context, &shard->mapping);
+    }
+    return PLORA_OK;
+}
+
 static int is_head(const char *name)
 {
     static const char *const heads[] = {"lm_head", "embed_tokens", "embed_out", "wte", "wpe"};
@@ -245,6 +292,13 @@ plora_status plora__model_files_open(plora_model *model, const char *path)
         PLORA_TRY_OUT(reserve_shards(context, files, 1));
         PLORA_TRY_OUT(open_shard(context, files, path));
     }
+    if (context->options.backend != PLORA_BACKEND_CPU) {
+        status = move_to_device(context, files);
+        if (status != PLORA_OK) {
+            status = plora__fail_in(status, path);
+            goto out;
+        }
+    }
     model->files = files; /* closed with the model from here on, whose layers point into it */
     for (int32_t i = 0; i < files->shard_count; ++i) {
         status = add_layers(model, &files->shards[i]);
@@ -261,6 +315,7 @@ void plora__model_files_close(plora_context *context, struct plora__model_files 
     if (files == NULL) return;
     for (int32_t i = 0; i < files->shard_count; ++i)
         plora__safetensors_close(&files->shards[i]);
+    plora__device_free(context, files->device, files->device_bytes);
     plora__free(context, files->shards, (size_t)files->shard_capacity * sizeof *files->shards);
     plora__free(context, files, sizeof *files);
 }

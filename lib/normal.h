@@ -10,8 +10,10 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "host_device.h"
+
 /* log(x) for a normal x > 0, to about 1e-13: x = 2^e f with f in [1/sqrt 2, sqrt 2), log f = 2 artanh((f - 1) / (f + 1)). */
-static inline double plora__log(double x)
+PLORA__HOST_DEVICE static inline double plora__log(double x)
 {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -31,7 +33,7 @@ static inline double plora__log(double x)
     return (double)exponent * 0.6931471805599453 + 2.0 * z * series;
 }
 
-static inline float plora__normal(uint32_t word)
+PLORA__HOST_DEVICE static inline float plora__normal(uint32_t word)
 {
     const double p = ((double)word + 0.5) * 0x1p-32;
     const double q = p - 0.5;

@@ -12,6 +12,8 @@
 
 #include <stdint.h>
 
+#include "host_device.h"
+
 enum plora__purpose { PLORA__PURPOSE_INIT = 1, PLORA__PURPOSE_DROPOUT = 2, PLORA__PURPOSE_ROUNDING = 3 };
 
 struct plora__words {
@@ -23,7 +25,8 @@ struct plora__words {
 #define PLORA__PHILOX_W0 0x9E3779B9u
 #define PLORA__PHILOX_W1 0xBB67AE85u
 
-static inline struct plora__words plora__philox(struct plora__words counter, uint32_t key0, uint32_t key1)
+PLORA__HOST_DEVICE static inline struct plora__words plora__philox(struct plora__words counter, uint32_t key0,
+                                                                   uint32_t key1)
 {
     for (int round = 0; round < 10; ++round) {
         const uint64_t product0 = (uint64_t)PLORA__PHILOX_M0 * counter.word[0];
@@ -36,28 +39,28 @@ static inline struct plora__words plora__philox(struct plora__words counter, uin
     return counter;
 }
 
-static inline struct plora__words plora__counter(enum plora__purpose purpose, uint64_t step, int32_t layer,
-                                                 uint64_t block)
+PLORA__HOST_DEVICE static inline struct plora__words plora__counter(enum plora__purpose purpose, uint64_t step,
+                                                                    int32_t layer, uint64_t block)
 {
     return (struct plora__words){{(uint32_t)block, (uint32_t)(block >> 32), (uint32_t)step,
                                   ((uint32_t)layer & 0xffffffu) | (uint32_t)purpose << 24}};
 }
 
 /* The four words of elements 4 * block .. 4 * block + 3. */
-static inline struct plora__words plora__draw(uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
-                                              uint64_t block)
+PLORA__HOST_DEVICE static inline struct plora__words plora__draw(uint64_t seed, enum plora__purpose purpose,
+                                                                 uint64_t step, int32_t layer, uint64_t block)
 {
     return plora__philox(plora__counter(purpose, step, layer, block), (uint32_t)seed, (uint32_t)(seed >> 32));
 }
 
 /* Uniform in [-1, 1): a multiple of 2^-23, exact. */
-static inline float plora__symmetric(uint32_t word)
+PLORA__HOST_DEVICE static inline float plora__symmetric(uint32_t word)
 {
     return (float)(int32_t)(word >> 8) * 0x1p-23f - 1.0f;
 }
 
 /* Dropout keeps an element when its word is at least this: P(drop) = probability to within 2^-32. */
-static inline uint32_t plora__dropout_threshold(double probability)
+PLORA__HOST_DEVICE static inline uint32_t plora__dropout_threshold(double probability)
 {
     return (uint32_t)(probability * 4294967296.0);
 }

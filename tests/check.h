@@ -6,6 +6,7 @@
  *                       [guard][row 0][gap][row 1][gap] ... [row n-1][gap][guard]
  *     comparisons   fail on !(error <= bound): a NaN never passes.
  *     allocator     hooks for plora_context_options that count, check every free, and make the k-th allocation fail.
+ *     device        PLORA_TEST_BACKEND=cuda makes the contexts CUDA's; a buffer has a twin in device memory then (device.h).
  * PLORA_TEST_QUICK=1 asks for smaller grids (valgrind). Everything is static: each test is one program. */
 #ifndef PLORA_TESTS_CHECK_H
 #define PLORA_TESTS_CHECK_H
@@ -24,6 +25,7 @@
 
 #include <cmocka.h>
 
+#include "device.h"
 #include "dtype.h"
 #include "plora.h"
 
@@ -152,11 +154,13 @@ static CHECK_UNUSED struct check_matrix check_matrix_new(int64_t rows, int64_t c
     memset(matrix.memory, CHECK_POISON, matrix.bytes);
     memset(matrix.snapshot, CHECK_POISON, matrix.bytes);
     matrix.m.data = matrix.memory + front;
+    device_twin(matrix.memory, matrix.bytes);
     return matrix;
 }
 
 static CHECK_UNUSED void check_matrix_free(struct check_matrix *matrix)
 {
+    device_forget(matrix->memory);
     free(matrix->memory);
     free(matrix->snapshot);
     memset(matrix, 0, sizeof *matrix);
@@ -168,6 +172,7 @@ static CHECK_UNUSED void check_matrix_random(struct check_matrix *matrix, double
     for (int64_t i = 0; i < matrix->m.rows; ++i)
         for (int64_t j = 0; j < matrix->m.columns; ++j)
             plora__store(matrix->m.data, i * matrix->m.stride + j, matrix->m.dtype, (float)(range * check_uniform()));
+    device_refresh(matrix->memory);
 }
 
 static CHECK_UNUSED void check_matrix_snapshot(struct check_matrix *matrix)
@@ -294,6 +299,33 @@ static CHECK_UNUSED void check_free(void *memory, size_t size, void *user)
     free(block.base);
 }
 
+/* The same for device memory, in the same account. */
+static CHECK_UNUSED void *check_device_allocate(size_t size, void *user)
+{
+    struct check_allocator *allocator = user;
+    pthread_mutex_lock(&allocator->lock);
+    const int fails = ++allocator->calls == allocator->fail_at;
+    if (size == 0) allocator->errors++;
+    if (fails)
+        allocator->failed++;
+    else {
+        allocator->live++;
+        allocator->live_bytes += (int64_t)size;
+    }
+    pthread_mutex_unlock(&allocator->lock);
+    return fails ? NULL : device_malloc(size);
+}
+
+static CHECK_UNUSED void check_device_free(void *memory, size_t size, void *user)
+{
+    struct check_allocator *allocator = user;
+    pthread_mutex_lock(&allocator->lock);
+    allocator->live--;
+    allocator->live_bytes -= (int64_t)size;
+    pthread_mutex_unlock(&allocator->lock);
+    device_free(memory);
+}
+
 /* A log for plora_context_options: the number of messages and the last one. */
 struct check_log {
     int64_t count;
@@ -309,17 +341,21 @@ static CHECK_UNUSED void check_log_message(int32_t level, const char *message, v
     snprintf(log->text, sizeof log->text, "%s", message);
 }
 
-/* A CPU context. allocator and log may be NULL. */
+/* A context of the backend under test. allocator and log may be NULL. */
 static CHECK_UNUSED plora_status check_context_create(struct check_allocator *allocator, struct check_log *log,
                                                       int32_t threads, int32_t deterministic, plora_context **context)
 {
     plora_context_options options = PLORA_CONTEXT_OPTIONS_INIT;
+    options.backend = device_backend();
     options.threads = threads;
     options.deterministic = deterministic;
     if (allocator != NULL) {
         options.host_allocate = check_allocate;
         options.host_free = check_free;
         options.host_user = allocator;
+        options.device_allocate = check_device_allocate;
+        options.device_free = check_device_free;
+        options.device_user = allocator;
     }
     if (log != NULL) {
         options.log = check_log_message;
@@ -337,14 +373,14 @@ static CHECK_UNUSED plora_context *check_context(struct check_allocator *allocat
     return context;
 }
 
-/* Adds a layer; returns the status. */
+/* Adds a layer whose tensors are the twins of these; returns the status. */
 static CHECK_UNUSED plora_status check_add_linear(plora_model *model, const char *name, const plora_matrix *weight,
                                                   const void *bias, int32_t bias_dtype, int32_t flags, int32_t *layer)
 {
     plora_linear linear = PLORA_LINEAR_INIT;
     linear.name = name;
-    linear.weight = *weight;
-    linear.bias = bias;
+    linear.weight = device_matrix(*weight);
+    linear.bias = device_of(bias);
     linear.bias_dtype = bias_dtype;
     linear.flags = flags;
     return plora_model_add_linear(model, &linear, layer);

@@ -1,5 +1,6 @@
 /* linear_fixture.h: one linear layer with random contents, the library's view of it beside the reference's, and the error bounds
- * of its results.
+ * of its results. fixture_forward() and fixture_backward() call the library with the twins of host matrices (device.h); on CUDA some
+ * fixtures use a stream of their own.
  *
  * The bounds follow from the operation. With u32 the roundoff of fp32, a sum of n products is off by at most n u32 times the sum of
  * their magnitudes; storing y or dx rounds the base product and the total once each, to the output's dtype; when x and W are both
@@ -16,7 +17,8 @@ struct linear_case {
     int32_t x_dtype, y_dtype, w_dtype, dx_dtype; /* dy has y_dtype */
     int32_t bias_dtype;                          /* -1 = no bias */
     int32_t layer_flags;
-    int gaps; /* strides larger than the number of columns */
+    int gaps;    /* strides larger than the number of columns */
+    int aligned; /* the first element of every matrix is aligned to 16 bytes, not at random */
     int no_adapter;
     int rslora;
     double dropout;
@@ -27,10 +29,11 @@ struct linear_case {
 
 struct linear_fixture {
     struct linear_case c;
+    void *stream;
     plora_model *model;
     plora_adapters *adapters;
     int32_t layer;
-    plora_adapter adapter;
+    plora_adapter adapter; /* on CUDA, mirrors of it */
     struct check_matrix other, w, bias, x, y, dy, dx;
     uint64_t seed, step, first_token;
     double alpha;
@@ -53,10 +56,15 @@ static CHECK_UNUSED struct reference_sum *fixture_sums(int64_t count)
     return memory;
 }
 
-static CHECK_UNUSED struct check_matrix fixture_matrix(int64_t rows, int64_t columns, int32_t dtype, int gaps,
-                                                       double range)
+static CHECK_UNUSED struct check_matrix fixture_matrix(const struct linear_case *c, int64_t rows, int64_t columns,
+                                                       int32_t dtype, double range)
 {
-    struct check_matrix matrix = check_matrix_new(rows, columns, columns + (gaps ? check_integer(1, 9) : 0), dtype);
+    const int64_t stride = columns + (c->gaps ? check_integer(1, 9) : 0);
+    struct check_matrix matrix = check_matrix_new(rows, columns, stride, dtype);
+    while (c->aligned && ((unsigned char *)matrix.m.data - matrix.memory) % 16 != 0) {
+        check_matrix_free(&matrix);
+        matrix = check_matrix_new(rows, columns, stride, dtype);
+    }
     check_matrix_random(&matrix, range);
     return matrix;
 }
@@ -64,14 +72,14 @@ static CHECK_UNUSED struct check_matrix fixture_matrix(int64_t rows, int64_t col
 static CHECK_UNUSED void fixture_describe(struct linear_fixture *f)
 {
     const struct linear_case *c = &f->c;
-    snprintf(
-        f->text, sizeof f->text,
-        "T=%lld K=%lld N=%lld R=%d x %s y %s W %s dx %s bias %s layer flags %d gaps %d adapter %d rslora %d dropout %g "
-        "workspace_tokens %lld flags %u",
-        (long long)c->tokens, (long long)c->in_features, (long long)c->out_features, c->rank,
-        plora__dtype_name(c->x_dtype), plora__dtype_name(c->y_dtype), plora__dtype_name(c->w_dtype),
-        plora__dtype_name(c->dx_dtype), c->bias_dtype < 0 ? "none" : plora__dtype_name(c->bias_dtype), c->layer_flags,
-        c->gaps, !c->no_adapter, c->rslora, c->dropout, (long long)c->workspace_tokens, c->flags);
+    snprintf(f->text, sizeof f->text,
+             "T=%lld K=%lld N=%lld R=%d x %s y %s W %s dx %s bias %s layer flags %d gaps %d aligned %d adapter %d "
+             "rslora %d dropout %g workspace_tokens %lld flags %u",
+             (long long)c->tokens, (long long)c->in_features, (long long)c->out_features, c->rank,
+             plora__dtype_name(c->x_dtype), plora__dtype_name(c->y_dtype), plora__dtype_name(c->w_dtype),
+             plora__dtype_name(c->dx_dtype), c->bias_dtype < 0 ? "none" : plora__dtype_name(c->bias_dtype),
+             c->layer_flags, c->gaps, c->aligned, !c->no_adapter, c->rslora, c->dropout, (long long)c->workspace_tokens,
+             c->flags);
 }
 
 static CHECK_UNUSED void fixture_matrices(struct linear_fixture *f)
@@ -79,14 +87,14 @@ static CHECK_UNUSED void fixture_matrices(struct linear_fixture *f)
     const struct linear_case *c = &f->c;
     const int turned = (c->layer_flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0;
     const double range = sqrt(3.0 / (double)c->in_features);
-    f->other = fixture_matrix(4, 4, PLORA_F32, 0, 1.0);
-    f->w = fixture_matrix(turned ? c->in_features : c->out_features, turned ? c->out_features : c->in_features,
-                          c->w_dtype, c->gaps, range);
-    if (c->bias_dtype >= 0) f->bias = fixture_matrix(1, c->out_features, c->bias_dtype, 0, 1.0);
-    f->x = fixture_matrix(c->tokens, c->in_features, c->x_dtype, c->gaps, 2.0);
-    f->y = fixture_matrix(c->tokens, c->out_features, c->y_dtype, c->gaps, 1.0);
-    f->dy = fixture_matrix(c->tokens, c->out_features, c->y_dtype, c->gaps, 2.0);
-    f->dx = fixture_matrix(c->tokens, c->in_features, c->dx_dtype, c->gaps, 1.0);
+    f->other = fixture_matrix(c, 4, 4, PLORA_F32, 1.0);
+    f->w = fixture_matrix(c, turned ? c->in_features : c->out_features, turned ? c->out_features : c->in_features,
+                          c->w_dtype, range);
+    if (c->bias_dtype >= 0) f->bias = fixture_matrix(c, 1, c->out_features, c->bias_dtype, 1.0);
+    f->x = fixture_matrix(c, c->tokens, c->in_features, c->x_dtype, 2.0);
+    f->y = fixture_matrix(c, c->tokens, c->out_features, c->y_dtype, 1.0);
+    f->dy = fixture_matrix(c, c->tokens, c->out_features, c->y_dtype, 2.0);
+    f->dx = fixture_matrix(c, c->tokens, c->in_features, c->dx_dtype, 1.0);
     f->w_values = fixture_doubles(c->in_features * c->out_features);
     f->bias_values = fixture_doubles(c->out_features);
     f->x_values = fixture_doubles(c->tokens * c->in_features);
@@ -95,6 +103,21 @@ static CHECK_UNUSED void fixture_matrices(struct linear_fixture *f)
     if (c->bias_dtype >= 0) reference_load(&f->bias.m, 0, f->bias_values);
     reference_load(&f->x.m, 0, f->x_values);
     reference_load(&f->dy.m, 0, f->dy_values);
+}
+
+/* The views of an adapter become mirrors of what they show. */
+static CHECK_UNUSED void fixture_mirror(plora_adapter *adapter)
+{
+    plora_matrix *const views[] = {&adapter->a, &adapter->b, &adapter->a_gradient, &adapter->b_gradient};
+    for (int i = 0; i < CHECK_COUNT(views); ++i)
+        views[i]->data = device_mirror(views[i]->data, (size_t)(views[i]->rows * views[i]->columns) * sizeof(float));
+}
+
+static CHECK_UNUSED void fixture_forget(const plora_adapter *adapter)
+{
+    void *const views[] = {adapter->a.data, adapter->b.data, adapter->a_gradient.data, adapter->b_gradient.data};
+    for (int i = 0; i < CHECK_COUNT(views); ++i)
+        device_forget(views[i]);
 }
 
 /* The adapter's values, random; nonzero gradients, so that adding shows. */
@@ -106,6 +129,7 @@ static CHECK_UNUSED void fixture_adapter(struct linear_fixture *f)
     if (c->no_adapter) return;
     f->adapter = (plora_adapter)PLORA_ADAPTER_INIT;
     CHECK_OK(plora_adapters_layer(f->adapters, f->layer, &f->adapter));
+    fixture_mirror(&f->adapter);
     const double range = sqrt(3.0 / (double)c->in_features);
     for (int64_t i = 0; i < c->rank * c->in_features; ++i) {
         ((float *)f->adapter.a.data)[i] = (float)(range * check_uniform());
@@ -167,11 +191,33 @@ static CHECK_UNUSED struct linear_fixture *fixture_create(plora_context *context
     CHECK_OK(plora_adapters_set_dropout_position(f->adapters, f->step, f->first_token));
     fixture_adapter(f);
     fixture_reference(f);
+    if (device_is_cuda() && check_integer(0, 1) == 1) f->stream = device_stream_create();
     return f;
+}
+
+static CHECK_UNUSED plora_status fixture_forward(const struct linear_fixture *f, plora_adapters *adapters,
+                                                 int32_t layer, const plora_matrix *x, const plora_matrix *y,
+                                                 uint32_t flags)
+{
+    const plora_matrix device_x = device_matrix(*x), device_y = device_matrix(*y);
+    return DEVICE(plora_linear_forward(adapters, layer, &device_x, &device_y, flags, f->stream));
+}
+
+/* dx may be NULL. */
+static CHECK_UNUSED plora_status fixture_backward(const struct linear_fixture *f, plora_adapters *adapters,
+                                                  int32_t layer, const plora_matrix *x, const plora_matrix *dy,
+                                                  const plora_matrix *dx, uint32_t flags)
+{
+    const plora_matrix device_x = device_matrix(*x), device_dy = device_matrix(*dy);
+    const plora_matrix device_dx = dx != NULL ? device_matrix(*dx) : device_x;
+    return DEVICE(plora_linear_backward(adapters, layer, &device_x, &device_dy, dx != NULL ? &device_dx : NULL, flags,
+                                        f->stream));
 }
 
 static CHECK_UNUSED void fixture_free(struct linear_fixture *f)
 {
+    if (f->stream != NULL) device_stream_destroy(f->stream);
+    fixture_forget(&f->adapter);
     plora_adapters_destroy(f->adapters);
     plora_model_destroy(f->model);
     struct check_matrix *const matrices[] = {&f->other, &f->w, &f->bias, &f->x, &f->y, &f->dy, &f->dx};

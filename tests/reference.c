@@ -134,6 +134,61 @@ void reference_init_kaiming(uint64_t seed, uint64_t stage, int32_t layer, int64_
     }
 }
 
+void reference_batch_token(const double *x, const float *a, const float *b, double scale, int64_t rank,
+                           int64_t in_features, int64_t out_features, struct reference_sum *low)
+{
+    for (int64_t n = 0; n < out_features; ++n)
+        low[n] = (struct reference_sum){0, 0};
+    for (int64_t r = 0; r < rank; ++r) {
+        struct reference_sum u = {0, 0};
+        for (int64_t k = 0; k < in_features; ++k) {
+            const double term = x[k] * a[r * in_features + k];
+            add(&u, term, fabs(term));
+        }
+        for (int64_t n = 0; n < out_features; ++n) {
+            const double factor = scale * b[n * rank + r];
+            add(&low[n], u.value * factor, u.magnitude * fabs(factor));
+        }
+    }
+}
+
+float reference_int8(const int8_t *codes, const float *scales, int64_t columns, int64_t group, int64_t i, int64_t j)
+{
+    const int64_t groups = (columns + group - 1) / group;
+    return (float)((double)codes[i * columns + j] * scales[i * groups + j / group]); /* exact in double */
+}
+
+float reference_nf4(const uint8_t *codes, const float *absmax, const uint8_t *nested_codes, const float *map,
+                    float offset, int64_t columns, int64_t i, int64_t j)
+{
+    static const double values[16] = {-1.0,
+                                      -0.6961928009986877,
+                                      -0.5250730514526367,
+                                      -0.39491748809814453,
+                                      -0.28444138169288635,
+                                      -0.18477343022823334,
+                                      -0.09105003625154495,
+                                      0.0,
+                                      0.07958029955625534,
+                                      0.16093020141124725,
+                                      0.24611230194568634,
+                                      0.33791524171829224,
+                                      0.44070982933044434,
+                                      0.5626170039176941,
+                                      0.7229568362236023,
+                                      1.0};
+    const int64_t element = i * columns + j, block = element / 64;
+    const int code = element % 2 == 0 ? codes[element / 2] >> 4 : codes[element / 2] & 15;
+    float scale;
+    if (nested_codes == NULL) {
+        scale = absmax[block];
+    } else {
+        scale = (float)((double)map[nested_codes[block]] * absmax[block / 256]); /* exact in double */
+        scale = (float)((double)scale + offset); /* of two floats: rounding twice gives what rounding once gives */
+    }
+    return (float)((double)(float)values[code] * scale);
+}
+
 void reference_load(const plora_matrix *matrix, int transposed, double *dense)
 {
     for (int64_t i = 0; i < matrix->rows; ++i)

@@ -43,6 +43,17 @@ void reference_init_words(uint64_t seed, uint64_t stage, int32_t layer, int64_t 
 /* A fresh A[R,K], Kaiming uniform with a = sqrt(5): U(-1/sqrt(K), 1/sqrt(K)). */
 void reference_init_kaiming(uint64_t seed, uint64_t stage, int32_t layer, int64_t rank, int64_t in_features, double *a);
 
+/* low[N] = s x A^T B^T of one token x[K] with the adapter of its own, x, a[R,K] and b[N,R] in fp32 or wider. */
+void reference_batch_token(const double *x, const float *a, const float *b, double scale, int64_t rank,
+                           int64_t in_features, int64_t out_features, struct reference_sum *low);
+
+/* Element (i, j) of a quantised W[., columns] in fp32, each operation rounded once. int8: scales[., ceil(columns / group)]. */
+float reference_int8(const int8_t *codes, const float *scales, int64_t columns, int64_t group, int64_t i, int64_t j);
+/* NF4 as bitsandbytes lays it out: blocks of 64 elements in row order; nested_codes NULL: absmax is fp32, else 8 bits each, in blocks of
+ * 256. */
+float reference_nf4(const uint8_t *codes, const float *absmax, const uint8_t *nested_codes, const float *map,
+                    float offset, int64_t columns, int64_t i, int64_t j);
+
 /* A matrix (transposed if asked for) as dense doubles. */
 void reference_load(const plora_matrix *matrix, int transposed, double *dense);
 

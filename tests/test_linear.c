@@ -9,9 +9,9 @@ static const struct {
     int32_t rank;
     int64_t workspace_tokens;
 } shapes[] = {
-    {1, 1, 1, 1, 0},      {0, 5, 3, 2, 0},     {1, 7, 5, 1, 0},         {3, 1, 4, 1, 0},     {4, 5, 1, 1, 0},
-    {2, 13, 11, 3, 0},    {17, 31, 29, 5, 4},  {17, 257, 40, 3, 0},     {33, 64, 48, 16, 1}, {65, 96, 193, 8, 0},
-    {70, 97, 80, 33, 16}, {19, 40, 300, 2, 0}, {257, 193, 131, 7, 100},
+    {1, 1, 1, 1, 0},      {0, 5, 3, 2, 0},     {1, 7, 5, 1, 0},         {3, 1, 4, 1, 0},       {4, 5, 1, 1, 0},
+    {2, 13, 11, 3, 0},    {17, 31, 29, 5, 4},  {17, 257, 40, 3, 0},     {33, 64, 48, 16, 1},   {65, 96, 193, 8, 0},
+    {70, 97, 80, 33, 16}, {19, 40, 300, 2, 0}, {257, 193, 131, 7, 100}, {400, 193, 131, 9, 0},
 };
 
 static struct linear_case random_case(int shape)
@@ -29,6 +29,7 @@ static struct linear_case random_case(int shape)
         .bias_dtype = (int32_t)check_integer(-1, PLORA_F16),
         .layer_flags = (int32_t)check_integer(0, 1) * PLORA_LAYER_FAN_IN_FAN_OUT,
         .gaps = (int)check_integer(0, 1),
+        .aligned = (int)check_integer(0, 1),
         .rslora = (int)check_integer(0, 1),
         .dropout = check_integer(0, 1) == 0 ? 0.0 : 0.3,
         .flags = (uint32_t)check_integer(0, 3), /* DROPOUT, DELTA_ONLY */
@@ -64,7 +65,7 @@ static void run_forward(plora_context *context, const struct linear_case *c)
     check_matrix_snapshot(&f->w);
     check_matrix_snapshot(&f->dy);
     check_matrix_snapshot(&f->bias);
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c->flags, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c->flags));
     fixture_check_forward(f, old);
     check_inputs_kept(f);
     free(old);
@@ -85,8 +86,8 @@ static void run_backward(plora_context *context, const struct linear_case *c, in
     for (int i = 0; i < CHECK_COUNT(inputs); ++i)
         check_matrix_snapshot(inputs[i]);
     for (int call = 0; call < calls; ++call)
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, with_dx && call == 0 ? &f->dx.m : NULL,
-                                       c->flags, NULL));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, with_dx && call == 0 ? &f->dx.m : NULL,
+                                  c->flags));
     struct fixture_gradients g = fixture_reference_backward(f);
     if (with_dx)
         fixture_check_dx(f, &g, old_dx);
@@ -272,6 +273,55 @@ static void long_sums(void **state)
             }
 }
 
+/* Ranks on both sides of every multiple that kernels are cut by, with rows that may and may not be read 16 bytes at a time. */
+static void ranks_up_to_256(void **state)
+{
+    (void)state;
+    check_reseed(15);
+    static const int32_t ranks[] = {1,  2,  3,  4,  7,  8,   15,  16,  17,  31,  32, 33,
+                                    48, 63, 64, 65, 96, 127, 128, 129, 200, 255, 256};
+    for (int i = 0; i < CHECK_COUNT(ranks); ++i)
+        for (int32_t dtype = PLORA_F32; dtype <= PLORA_BF16; ++dtype) {
+            if (check_quick() && (i + dtype) % 4 != 0) continue;
+            struct linear_case c = {.tokens = check_integer(1, 9) * (i % 4 == 0 ? 9 : 1), .rank = ranks[i]};
+            const int64_t least = ranks[i] > 16 ? (ranks[i] + 7) / 8 : 2;
+            c.in_features = 8 * check_integer(least, least + 9);
+            c.out_features = 8 * check_integer(least, least + 9) + (i % 3 == 0 ? check_integer(1, 7) : 0);
+            c.aligned = i % 3 != 1;
+            c.gaps = i % 3 == 1;
+            c.x_dtype = c.y_dtype = c.dx_dtype = c.w_dtype = dtype;
+            c.bias_dtype = (int32_t)check_integer(-1, PLORA_F16);
+            c.layer_flags = (int32_t)check_integer(0, 1) * PLORA_LAYER_FAN_IN_FAN_OUT;
+            c.dropout = i % 2 == 0 ? 0.0 : 0.2;
+            c.flags = PLORA_LINEAR_DROPOUT;
+            run_forward(shared, &c);
+            run_backward(shared, &c, 1, 1);
+        }
+}
+
+/* W and x so large that they are widened in several panels. */
+static void widened_panels(void **state)
+{
+    (void)state;
+    check_reseed(16);
+    for (int dtypes = 0; dtypes < 12; ++dtypes) {
+        if (check_quick() && (uint64_t)dtypes != check_seed_value % 12) continue;
+        struct linear_case c = {.tokens = 3, .in_features = 1101, .out_features = 2117, .rank = 2};
+        c.x_dtype = dtypes % 2;
+        c.y_dtype = dtypes / 2 % 2;
+        c.w_dtype = dtypes / 4;
+        c.dx_dtype = (int32_t)check_integer(PLORA_F32, PLORA_BF16);
+        c.bias_dtype = (int32_t)check_integer(-1, PLORA_F16);
+        c.layer_flags = (int32_t)check_integer(0, 1) * PLORA_LAYER_FAN_IN_FAN_OUT;
+        c.gaps = (int)check_integer(0, 1);
+        c.dropout = 0.3;
+        c.flags = (uint32_t)check_integer(0, 1);
+        run_forward(shared, &c);
+        c.flags |= (uint32_t)check_integer(0, 1) * PLORA_LINEAR_ACCUMULATE;
+        run_backward(shared, &c, 1, 1);
+    }
+}
+
 /* As many threads as there may be, and both modes: the grids above ran with the default. */
 static void threads_and_modes(void **state)
 {
@@ -307,14 +357,14 @@ static struct bits results_of(int threads, const struct linear_case *c, uint64_t
     check_reseed(salt);
     plora_context *context = check_context(NULL, threads, 1);
     struct linear_fixture *f = fixture_create(context, c);
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c->flags, NULL));
-    CHECK_OK(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, c->flags, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c->flags));
+    CHECK_OK(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, c->flags));
     float *gradients = NULL;
     struct bits bits = {f->y, f->dx, NULL, 0};
     CHECK_OK(plora_adapters_gradients(f->adapters, &gradients, &bits.count));
     bits.gradients = malloc((size_t)bits.count * sizeof *gradients);
     assert_non_null(bits.gradients);
-    memcpy(bits.gradients, gradients, (size_t)bits.count * sizeof *gradients);
+    device_transfer(bits.gradients, gradients, (size_t)bits.count * sizeof *gradients);
     memset(&f->y, 0, sizeof f->y);
     memset(&f->dx, 0, sizeof f->dx);
     fixture_free(f);
@@ -379,8 +429,8 @@ static void chunks_of_a_batch_draw_its_masks(void **state)
             const plora_matrix x = rows_of(&f->x.m, first, rows), y = rows_of(&f->y.m, first, rows);
             const plora_matrix dy = rows_of(&f->dy.m, first, rows), dx = rows_of(&f->dx.m, first, rows);
             CHECK_OK(plora_adapters_set_dropout_position(f->adapters, f->step, f->first_token + (uint64_t)first));
-            CHECK_OK(plora_linear_forward(f->adapters, f->layer, &x, &y, c.flags, NULL));
-            CHECK_OK(plora_linear_backward(f->adapters, f->layer, &x, &dy, &dx, c.flags, NULL));
+            CHECK_OK(fixture_forward(f, f->adapters, f->layer, &x, &y, c.flags));
+            CHECK_OK(fixture_backward(f, f->adapters, f->layer, &x, &dy, &dx, c.flags));
             first += rows;
         }
         fixture_check_forward(f, NULL);
@@ -403,16 +453,16 @@ static void masks_change_with_the_step(void **state)
         .tokens = 9, .in_features = 24, .out_features = 16, .rank = 4, .bias_dtype = -1, .dropout = 0.5};
     c.flags = PLORA_LINEAR_DROPOUT;
     struct linear_fixture *f = fixture_create(shared, &c);
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c.flags, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c.flags));
     check_matrix_snapshot(&f->y);
     CHECK_OK(plora_adapters_set_dropout_position(f->adapters, f->step + 1, f->first_token));
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c.flags, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c.flags));
     CHECK(memcmp(f->y.memory, f->y.snapshot, f->y.bytes) != 0, "the mask of step + 1 is that of the step");
     CHECK_OK(plora_adapters_set_dropout_position(f->adapters, f->step, f->first_token));
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c.flags, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c.flags));
     check_matrix_unchanged(&f->y, "y of the same step drawn again");
     f->linear.mask = NULL;
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
     f->c.flags = 0;
     fixture_check_forward(f, NULL);
     fixture_free(f);
@@ -432,22 +482,32 @@ static void host_workspace(void **state)
         size_t bytes = 0;
         const int64_t tokens = i % 3 == 0 ? 1 : check_integer(1, c.tokens);
         CHECK_OK(plora_adapters_workspace_size(f->adapters, tokens, &bytes));
-        unsigned char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64 + 128);
+        unsigned char guards[2][64];
+        memset(guards, CHECK_POISON, sizeof guards);
+        unsigned char *memory =
+            device_is_cuda() ? device_malloc(bytes + 128) : aligned_alloc(64, (bytes + 63) / 64 * 64 + 128);
         assert_non_null(memory);
-        memset(memory, CHECK_POISON, bytes + 128);
+        if (!device_is_cuda()) memset(memory, CHECK_POISON, bytes + 128);
+        device_transfer(memory, guards[0], 64);
+        device_transfer(memory + 64 + bytes, guards[1], 64);
         CHECK_OK(plora_adapters_set_workspace(f->adapters, memory + 64, bytes));
         double *old_y = old_values(&f->y, 1), *old_dx = old_values(&f->dx, 1);
-        CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, c.flags, NULL));
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, c.flags, NULL));
+        CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, c.flags));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, c.flags));
         fixture_check_forward(f, old_y);
         struct fixture_gradients g = fixture_reference_backward(f);
         fixture_check_dx(f, &g, old_dx);
         fixture_gradients_free(&g);
+        device_transfer(guards[0], memory, 64);
+        device_transfer(guards[1], memory + 64 + bytes, 64);
         for (size_t at = 0; at < 64; ++at)
-            CHECK(memory[at] == CHECK_POISON && memory[64 + bytes + at] == CHECK_POISON,
+            CHECK(guards[0][at] == CHECK_POISON && guards[1][at] == CHECK_POISON,
                   "wrote outside of a workspace of %zu bytes, %zu from its edge: %s", bytes, at, f->text);
         CHECK_OK(plora_adapters_set_workspace(f->adapters, NULL, 0));
-        free(memory);
+        if (device_is_cuda())
+            device_free(memory);
+        else
+            free(memory);
         free(old_y);
         free(old_dx);
         fixture_free(f);
@@ -475,19 +535,23 @@ static void tied_layers(void **state)
     CHECK_OK(plora_adapters_layer(adapters, 1, &second));
     assert_ptr_equal(first.a.data, second.a.data);
     assert_ptr_equal(first.b_gradient.data, second.b_gradient.data);
+    fixture_mirror(&first);
     memcpy(first.a.data, f->adapter.a.data, (size_t)(c.rank * c.in_features) * sizeof(float));
     memcpy(first.b.data, f->adapter.b.data, (size_t)(c.rank * c.out_features) * sizeof(float));
     for (int32_t layer = 0; layer < 2; ++layer) {
-        CHECK_OK(plora_linear_forward(adapters, layer, &f->x.m, &f->y.m, 0, NULL));
+        CHECK_OK(fixture_forward(f, adapters, layer, &f->x.m, &f->y.m, 0));
         fixture_check_forward(f, NULL);
-        CHECK_OK(plora_linear_backward(adapters, layer, &f->x.m, &f->dy.m, NULL, 0, NULL));
+        CHECK_OK(fixture_backward(f, adapters, layer, &f->x.m, &f->dy.m, NULL, 0));
     }
     struct fixture_gradients g = fixture_reference_backward(f);
     double *zero = fixture_doubles(c.rank * (c.in_features + c.out_features));
+    const plora_adapter own = f->adapter;
     f->adapter = first;
     fixture_check_gradients(f, &g, zero, zero, 2);
+    f->adapter = own;
     fixture_gradients_free(&g);
     free(zero);
+    fixture_forget(&first);
     plora_adapters_destroy(adapters);
     plora_model_destroy(model);
     fixture_free(f);
@@ -510,13 +574,14 @@ static void two_sets_on_one_model(void **state)
     plora_adapter adapter = PLORA_ADAPTER_INIT;
     CHECK_OK(plora_adapters_layer(second, f->layer, &adapter));
     assert_ptr_not_equal(adapter.a.data, f->adapter.a.data);
+    fixture_mirror(&adapter);
     for (int64_t i = 0; i < 2 * c.out_features; ++i)
         ((float *)adapter.b.data)[i] = (float)check_uniform();
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
     fixture_check_forward(f, NULL);
     double *old = fixture_doubles(c.tokens * c.out_features);
     reference_load(&f->y.m, 0, old);
-    CHECK_OK(plora_linear_forward(second, f->layer, &f->x.m, &f->y.m, PLORA_LINEAR_DELTA_ONLY, NULL));
+    CHECK_OK(fixture_forward(f, second, f->layer, &f->x.m, &f->y.m, PLORA_LINEAR_DELTA_ONLY));
     f->c.flags = PLORA_LINEAR_DELTA_ONLY;
     f->c.rank = 2;
     reference_load(&adapter.a, 0, f->a_values);
@@ -525,8 +590,51 @@ static void two_sets_on_one_model(void **state)
     f->linear.scale = 1.5;
     fixture_check_forward(f, old);
     free(old);
+    fixture_forget(&adapter);
     plora_adapters_destroy(second);
     fixture_free(f);
+}
+
+/* Forward and backward, twice: on CUDA as a graph that is captured once. Dropout, which would be the same both times, is refused. */
+static void twice_by_a_graph(void **state)
+{
+    (void)state;
+    check_reseed(17);
+    for (int shape = 6; shape < CHECK_COUNT(shapes); shape += check_quick() ? 3 : 1) {
+        struct linear_case c = random_case(shape);
+        c.flags = 0;
+        if (shape % 2 == 0) c.x_dtype = c.y_dtype = c.w_dtype = c.dx_dtype = PLORA_BF16;
+        struct linear_fixture *f = fixture_create(shared, &c);
+        double *old_da = fixture_doubles(c.rank * c.in_features), *old_db = fixture_doubles(c.rank * c.out_features);
+        reference_load(&f->adapter.a_gradient, 0, old_da);
+        reference_load(&f->adapter.b_gradient, 0, old_db);
+        const int captured = device_is_cuda();
+        if (captured && f->stream == NULL) f->stream = device_stream_create();
+        const plora_matrix x = device_matrix(f->x.m), y = device_matrix(f->y.m), dy = device_matrix(f->dy.m),
+                           dx = device_matrix(f->dx.m);
+        device_upload();
+        if (captured) device_capture_begin(f->stream);
+        for (int i = 0; i < (captured ? 1 : 2); ++i) {
+            CHECK_OK(plora_linear_forward(f->adapters, f->layer, &x, &y, c.flags, f->stream));
+            CHECK_OK(plora_linear_backward(f->adapters, f->layer, &x, &dy, &dx, c.flags, f->stream));
+        }
+        if (captured)
+            CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &x, &y, PLORA_LINEAR_DROPOUT, f->stream),
+                        PLORA_ERROR_UNSUPPORTED, "captured");
+        void *graph = captured ? device_capture_end(f->stream) : NULL;
+        for (int i = 0; captured && i < 2; ++i)
+            device_graph_launch(graph, f->stream);
+        CHECK_OK(device_download(PLORA_OK));
+        if (captured) device_graph_destroy(graph);
+        fixture_check_forward(f, NULL);
+        struct fixture_gradients g = fixture_reference_backward(f);
+        fixture_check_dx(f, &g, NULL);
+        fixture_check_gradients(f, &g, old_da, old_db, 2);
+        fixture_gradients_free(&g);
+        free(old_da);
+        free(old_db);
+        fixture_free(f);
+    }
 }
 
 /* A NaN in one token stays in that token. */
@@ -539,7 +647,7 @@ static void non_finite_inputs_spread_by_rows_only(void **state)
         c.x_dtype = c.y_dtype = c.w_dtype = dtype;
         struct linear_fixture *f = fixture_create(shared, &c);
         plora__store(f->x.m.data, 2 * f->x.m.stride + 7, dtype, NAN);
-        CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
+        CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
         for (int64_t t = 0; t < c.tokens; ++t)
             for (int64_t n = 0; n < c.out_features; ++n)
                 CHECK(isnan(check_element(&f->y.m, t, n)) == (t == 2), "y[%lld,%lld] is %g", (long long)t, (long long)n,
@@ -551,7 +659,8 @@ static void non_finite_inputs_spread_by_rows_only(void **state)
 static int group_setup(void **state)
 {
     (void)state;
-    return check_context_create(NULL, NULL, 0, 0, &shared) == PLORA_OK ? 0 : -1;
+    CHECK_OK(check_context_create(NULL, NULL, 0, 0, &shared));
+    return 0;
 }
 
 static int group_teardown(void **state)
@@ -572,6 +681,8 @@ int main(void)
         cmocka_unit_test(backward_over_flags),
         cmocka_unit_test(bf16_throughout),
         cmocka_unit_test(long_sums),
+        cmocka_unit_test(ranks_up_to_256),
+        cmocka_unit_test(widened_panels),
         cmocka_unit_test(threads_and_modes),
         cmocka_unit_test(same_bits_with_any_number_of_threads),
         cmocka_unit_test(chunks_of_a_batch_draw_its_masks),
@@ -579,6 +690,7 @@ int main(void)
         cmocka_unit_test(host_workspace),
         cmocka_unit_test(tied_layers),
         cmocka_unit_test(two_sets_on_one_model),
+        cmocka_unit_test(twice_by_a_graph),
         cmocka_unit_test(non_finite_inputs_spread_by_rows_only),
     };
     return cmocka_run_group_tests_name("linear", tests, group_setup, group_teardown);

@@ -19,12 +19,13 @@ static struct linear_fixture *small_layer(void)
 static float *arena_copy(const struct linear_fixture *f, int64_t *count)
 {
     float *parameters = NULL, *gradients = NULL;
+    device_upload();
     CHECK_OK(plora_adapters_parameters(f->adapters, &parameters, count));
     CHECK_OK(plora_adapters_gradients(f->adapters, &gradients, count));
     float *copy = malloc(2 * (size_t)*count * sizeof *copy);
     assert_non_null(copy);
-    memcpy(copy, parameters, (size_t)*count * sizeof *copy);
-    memcpy(copy + *count, gradients, (size_t)*count * sizeof *copy);
+    device_transfer(copy, parameters, (size_t)*count * sizeof *copy);
+    device_transfer(copy + *count, gradients, (size_t)*count * sizeof *copy);
     return copy;
 }
 
@@ -41,7 +42,7 @@ static void check_nothing_written(struct linear_fixture *f, float *before)
     check_matrix_unchanged(&f->y, "y");
     check_matrix_unchanged(&f->dy, "dy");
     check_matrix_unchanged(&f->dx, "dx");
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
     fixture_check_forward(f, NULL);
     fixture_free(f);
 }
@@ -50,8 +51,8 @@ static void check_nothing_written(struct linear_fixture *f, float *before)
 static void refused(struct linear_fixture *f, const plora_matrix *x, const plora_matrix *y, plora_status status,
                     const char *first, const char *second)
 {
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, x, y, 0, NULL), status, first, second);
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, x, y, &f->dx.m, 0, NULL), status, first, second);
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, x, y, 0), status, first, second);
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, x, y, &f->dx.m, 0), status, first, second);
 }
 
 static void null_pointers_and_indices(void **state)
@@ -77,10 +78,9 @@ static void null_pointers_and_indices(void **state)
     for (int i = 0; i < CHECK_COUNT(layers); ++i) {
         char number[16];
         snprintf(number, sizeof number, "%d", layers[i]);
-        CHECK_FAILS(plora_linear_forward(f->adapters, layers[i], x, y, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT, number,
+        CHECK_FAILS(fixture_forward(f, f->adapters, layers[i], x, y, 0), PLORA_ERROR_INVALID_ARGUMENT, number,
                     "0 .. 1");
-        CHECK_FAILS(plora_linear_backward(f->adapters, layers[i], x, dy, dx, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT,
-                    number);
+        CHECK_FAILS(fixture_backward(f, f->adapters, layers[i], x, dy, dx, 0), PLORA_ERROR_INVALID_ARGUMENT, number);
     }
     plora_matrix no_data = *x;
     no_data.data = NULL;
@@ -90,7 +90,7 @@ static void null_pointers_and_indices(void **state)
     refused(f, x, &no_data, PLORA_ERROR_INVALID_ARGUMENT, "y.data", "NULL");
     no_data = *dx;
     no_data.data = NULL;
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, x, dy, &no_data, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT,
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, x, dy, &no_data, 0), PLORA_ERROR_INVALID_ARGUMENT,
                 "dx.data");
     check_nothing_written(f, before);
 }
@@ -102,17 +102,18 @@ static void flags_and_streams(void **state)
     struct linear_fixture *f = small_layer();
     int64_t count = 0;
     float *before = arena_copy(f, &count);
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 8, NULL), PLORA_ERROR_INVALID_ARGUMENT,
-                "0x8");
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, PLORA_LINEAR_ACCUMULATE, NULL),
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 8), PLORA_ERROR_INVALID_ARGUMENT, "0x8");
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, PLORA_LINEAR_ACCUMULATE),
                 PLORA_ERROR_INVALID_ARGUMENT, "0x4"); /* backward only */
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0x80000001u, NULL),
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0x80000001u),
                 PLORA_ERROR_INVALID_ARGUMENT, "0x80000000");
-    int stream;
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, &stream), PLORA_ERROR_INVALID_ARGUMENT,
-                "stream");
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, NULL, 0, &stream),
-                PLORA_ERROR_INVALID_ARGUMENT, "stream");
+    if (!device_is_cuda()) { /* the CPU has no streams */
+        int stream;
+        CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, &stream),
+                    PLORA_ERROR_INVALID_ARGUMENT, "stream");
+        CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, NULL, 0, &stream),
+                    PLORA_ERROR_INVALID_ARGUMENT, "stream");
+    }
     check_nothing_written(f, before);
 }
 
@@ -143,12 +144,12 @@ static void shapes_and_strides(void **state)
     refused(f, &f->x.m, &changed, PLORA_ERROR_SHAPE, "stride -7", "5");
     changed = f->dx.m;
     changed.columns = 7;
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0, NULL), PLORA_ERROR_SHAPE,
-                "dx", "[4,7]", "[4,6]");
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0), PLORA_ERROR_SHAPE, "dx",
+                "[4,7]", "[4,6]");
     changed = f->dx.m;
     changed.stride = 1;
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0, NULL), PLORA_ERROR_SHAPE,
-                "dx", "stride 1");
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0), PLORA_ERROR_SHAPE, "dx",
+                "stride 1");
     /* sizes whose product overflows */
     plora_matrix huge_x = f->x.m, huge_y = f->y.m;
     huge_x.rows = huge_y.rows = INT64_MAX / 2;
@@ -178,8 +179,8 @@ static void dtypes_and_alignment(void **state)
         refused(f, &f->x.m, &changed, PLORA_ERROR_UNSUPPORTED, "y", number);
         changed = f->dx.m;
         changed.dtype = dtypes[i];
-        CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0, NULL),
-                    PLORA_ERROR_UNSUPPORTED, "dx", number);
+        CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &changed, 0), PLORA_ERROR_UNSUPPORTED,
+                    "dx", number);
     }
     plora_matrix changed = f->x.m;
     changed.data = (char *)changed.data + 2;
@@ -199,21 +200,18 @@ static void overlapping_operands(void **state)
     float *before = arena_copy(f, &count);
     plora_matrix y = f->x.m; /* in place */
     y.columns = 5;
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &y, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT,
-                "overlap");
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &f->x.m, &y, 0), PLORA_ERROR_INVALID_ARGUMENT, "overlap");
     y.data = (float *)f->x.m.data + 3 * f->x.m.stride + 5; /* begins at the last element of x */
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &y, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT,
-                "overlap");
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &f->x.m, &y, 0), PLORA_ERROR_INVALID_ARGUMENT, "overlap");
     y.dtype = PLORA_BF16; /* another dtype over the same bytes */
     y.data = f->x.m.data;
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &f->x.m, &y, 0, NULL), PLORA_ERROR_INVALID_ARGUMENT,
-                "overlap");
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->x.m, 0, NULL),
-                PLORA_ERROR_INVALID_ARGUMENT, "overlaps");
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &f->x.m, &y, 0), PLORA_ERROR_INVALID_ARGUMENT, "overlap");
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->x.m, 0), PLORA_ERROR_INVALID_ARGUMENT,
+                "overlaps");
     plora_matrix dx = f->dy.m;
     dx.columns = dx.stride = 6;
-    CHECK_FAILS(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &dx, 0, NULL),
-                PLORA_ERROR_INVALID_ARGUMENT, "overlaps");
+    CHECK_FAILS(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &dx, 0), PLORA_ERROR_INVALID_ARGUMENT,
+                "overlaps");
     check_nothing_written(f, before);
 }
 
@@ -231,7 +229,7 @@ static void slices_of_one_buffer(void **state)
     y.columns = c->out_features;
     y.data = (float *)both.m.data + c->in_features;
     reference_load(&x, 0, f->x_values);
-    CHECK_OK(plora_linear_forward(f->adapters, f->layer, &x, &y, 0, NULL));
+    CHECK_OK(fixture_forward(f, f->adapters, f->layer, &x, &y, 0));
     for (int64_t t = 0; t < c->tokens; ++t)
         for (int64_t n = 0; n < c->out_features; ++n)
             plora__store(f->y.m.data, t * f->y.m.stride + n, PLORA_F32, (float)check_element(&y, t, n));
@@ -253,12 +251,12 @@ static void no_tokens(void **state)
     x.rows = y.rows = dx.rows = 0;
     x.data = y.data = dx.data = NULL;
     for (uint32_t flags = 0; flags < 4; ++flags) {
-        CHECK_OK(plora_linear_forward(f->adapters, f->layer, &x, &y, flags, NULL));
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &x, &y, &dx, flags, NULL));
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &x, &y, NULL, flags, NULL));
+        CHECK_OK(fixture_forward(f, f->adapters, f->layer, &x, &y, flags));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &x, &y, &dx, flags));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &x, &y, NULL, flags));
     }
     x.columns = 5; /* still checked */
-    CHECK_FAILS(plora_linear_forward(f->adapters, f->layer, &x, &y, 0, NULL), PLORA_ERROR_SHAPE, "[0,5]", "[0,6]");
+    CHECK_FAILS(fixture_forward(f, f->adapters, f->layer, &x, &y, 0), PLORA_ERROR_SHAPE, "[0,5]", "[0,6]");
     check_nothing_written(f, before);
 }
 
@@ -270,12 +268,13 @@ static void hot_calls_do_not_allocate(void **state)
     struct linear_fixture *f = small_layer();
     plora_memory_statistics first = PLORA_MEMORY_STATISTICS_INIT, last = PLORA_MEMORY_STATISTICS_INIT;
     for (int i = 0; i < 20; ++i) {
-        CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0, NULL));
+        CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0));
         if (i == 0) CHECK_OK(plora_memory_stats(shared, &first));
     }
     CHECK_OK(plora_memory_stats(shared, &last));
     assert_int_equal(first.allocations, last.allocations);
+    assert_int_equal(first.device_allocations, last.device_allocations);
     assert_int_equal(first.current_bytes, last.current_bytes);
     fixture_free(f);
 }
@@ -283,7 +282,8 @@ static void hot_calls_do_not_allocate(void **state)
 static int group_setup(void **state)
 {
     (void)state;
-    return check_context_create(NULL, NULL, 0, 0, &shared) == PLORA_OK ? 0 : -1;
+    CHECK_OK(check_context_create(NULL, NULL, 0, 0, &shared));
+    return 0;
 }
 
 static int group_teardown(void **state)

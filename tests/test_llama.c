@@ -4,6 +4,7 @@
  *               (python/make_vectors_llama.py), and against finite differences of the trainer's own loss
  *     runs      a run that is stopped after every step and resumed has the bits of one that was not; loss falls; the exported
  *               model computes what backbone and adapter did
+ *     backends  with PLORA_TEST_BACKEND=cuda all of it runs on a CUDA context (llama_on_device.h), and the loss follows the CPU's
  *     refusals  wrong options, data and configurations give a message that names the fault
  *
  * Bounds. A value that passes through products of at most `DEPTH` terms in all, each in fp32, is off by a random walk of DEPTH
@@ -17,6 +18,7 @@
 #include "check.h"
 #include "data.h"
 #include "llama.h"
+#include "llama_on_device.h"
 #include "options.h"
 #include "train.h"
 #include "util.h"
@@ -88,6 +90,27 @@ static const float *vector_of(struct fixture *f, const char *name, int64_t *coun
     return matrix.data;
 }
 
+/* To and from the library's device memory, which on the CPU is like any other. */
+static void put(void *device, const void *host, int64_t count)
+{
+    const size_t bytes = (size_t)count * sizeof(float);
+    if (llama_on_device())
+        device_copy(device, host, bytes);
+    else
+        memcpy(device, host, bytes);
+}
+
+static float *get(const float *device, int64_t count)
+{
+    float *host = malloc((size_t)count * sizeof *host);
+    assert_non_null(host);
+    if (llama_on_device())
+        device_copy(host, device, (size_t)count * sizeof *host);
+    else
+        memcpy(host, device, (size_t)count * sizeof *host);
+    return host;
+}
+
 /* The three sequences of the vectors as one batch. */
 static void make_batch(struct fixture *f)
 {
@@ -134,8 +157,8 @@ static void open_fixture(struct fixture *f, const char *name, int32_t dtype, int
         if (plora_adapters_layer(f->adapters, i, &adapter) != PLORA_OK) continue;
         snprintf(a, sizeof a, "%s.a", linear.name);
         snprintf(b, sizeof b, "%s.b", linear.name);
-        memcpy(adapter.a.data, vector_of(f, a, NULL), sizeof(float) * (size_t)(adapter.a.rows * adapter.a.columns));
-        memcpy(adapter.b.data, vector_of(f, b, NULL), sizeof(float) * (size_t)(adapter.b.rows * adapter.b.columns));
+        put(adapter.a.data, vector_of(f, a, NULL), adapter.a.rows * adapter.a.columns);
+        put(adapter.b.data, vector_of(f, b, NULL), adapter.b.rows * adapter.b.columns);
     }
 }
 
@@ -146,6 +169,7 @@ static void close_fixture(struct fixture *f)
     plora_model_destroy(f->vectors);
     llama_close(f->llama);
     plora_context_destroy(f->context);
+    llama_forget_device();
 }
 
 static double mean_loss(struct fixture *f, int train, int flags)
@@ -186,10 +210,14 @@ static void test_against_transformers(void **state)
                 adapted++;
                 snprintf(name, sizeof name, "%s.a_gradient", linear.name);
                 const float *expected = vector_of(&f, name, &count);
-                compare(name, DTYPES[d], adapter.a_gradient.data, expected, count, gradient_error);
+                float *gradient = get(adapter.a_gradient.data, count);
+                compare(name, DTYPES[d], gradient, expected, count, gradient_error);
+                free(gradient);
                 snprintf(name, sizeof name, "%s.b_gradient", linear.name);
                 expected = vector_of(&f, name, &count);
-                compare(name, DTYPES[d], adapter.b_gradient.data, expected, count, gradient_error);
+                gradient = get(adapter.b_gradient.data, count);
+                compare(name, DTYPES[d], gradient, expected, count, gradient_error);
+                free(gradient);
             }
             assert_int_equal(adapted, 14);
             close_fixture(&f);
@@ -203,16 +231,16 @@ static void test_finite_differences(void **state)
     (void)state;
     for (int m = 0; m < CHECK_COUNT(MODELS); m++) {
         struct fixture f;
-        float *parameters, *gradients;
+        float *parameters, *on_device;
         int64_t count;
         double slope = 0, quotient[2], loss = 0;
         open_fixture(&f, MODELS[m], PLORA_F32, 2, 0.25);
         check_reseed(7);
         OK(plora_adapters_parameters(f.adapters, &parameters, &count));
-        OK(plora_adapters_gradients(f.adapters, &gradients, &count));
+        OK(plora_adapters_gradients(f.adapters, &on_device, &count));
         loss = mean_loss(&f, 1, LLAMA_DROPOUT);
-        float *start = malloc((size_t)count * sizeof *start), *direction = malloc((size_t)count * sizeof *direction);
-        memcpy(start, parameters, (size_t)count * sizeof *start);
+        float *start = get(parameters, count), *gradients = get(on_device, count);
+        float *direction = malloc((size_t)count * sizeof *direction), *moved = malloc((size_t)count * sizeof *moved);
         for (int64_t i = 0; i < count; i++) {
             direction[i] = copysignf(start[i] == 0 ? 0 : (float)check_uniform(), gradients[i]);
             slope += (double)direction[i] * (double)gradients[i];
@@ -222,7 +250,8 @@ static void test_finite_differences(void **state)
             double side[2];
             for (int sign = 0; sign < 2; sign++) {
                 for (int64_t i = 0; i < count; i++)
-                    parameters[i] = start[i] + (float)((sign ? steps[s] : -steps[s]) * (double)direction[i]);
+                    moved[i] = start[i] + (float)((sign ? steps[s] : -steps[s]) * (double)direction[i]);
+                put(parameters, moved, count);
                 side[sign] = mean_loss(&f, 0, LLAMA_DROPOUT);
             }
             quotient[s] = (side[1] - side[0]) / (2 * steps[s]);
@@ -232,7 +261,9 @@ static void test_finite_differences(void **state)
         if (!(fabs(better - slope) <= bound)) fail_msg("slope %g, differences %g, bound %g", slope, better, bound);
         assert_true(fabs(slope) > 4 * bound); /* else the comparison says nothing */
         free(start);
+        free(gradients);
         free(direction);
+        free(moved);
         close_fixture(&f);
     }
 }
@@ -250,11 +281,13 @@ static void test_threads_give_same_bits(void **state)
             open_fixture(&f, "untied", DTYPES[d], threads, 0.1);
             losses[threads - 1] = mean_loss(&f, 1, LLAMA_DROPOUT);
             OK(plora_adapters_gradients(f.adapters, &gradients, &count));
+            float *now = get(gradients, count);
             if (threads == 1) {
-                kept = malloc((size_t)count * sizeof *kept);
-                memcpy(kept, gradients, (size_t)count * sizeof *kept);
-            } else
-                assert_memory_equal(kept, gradients, (size_t)count * sizeof *kept);
+                kept = now;
+            } else {
+                assert_memory_equal(kept, now, (size_t)count * sizeof *kept);
+                free(now);
+            }
             close_fixture(&f);
         }
         assert_memory_equal(&losses[0], &losses[1], sizeof losses[0]);
@@ -373,6 +406,7 @@ static int train_signalled(const char *output, int resume, int stop_after_a_step
     if (options_parse(count, (char **)(uintptr_t)arguments, &options) != 0) fail_msg("%s", failure());
     const volatile sig_atomic_t stop = signalled;
     const int result = train_run(&options, &stop);
+    llama_forget_device();
     free(model);
     return result;
 }
@@ -525,6 +559,29 @@ static void test_loss_falls(void **state)
         assert_int_equal(log_values(output, "loss", losses, 64), 60);
         if (!(heldout[1] < 0.5 * heldout[0])) fail_msg("run %d: held-out loss %g became %g", i, heldout[0], heldout[1]);
         if (!(losses[59] < 0.5 * losses[0])) fail_msg("run %d: loss %g became %g", i, losses[0], losses[59]);
+    }
+}
+
+/* The curves of the two backends part as those of two orders of summation do: slowly. */
+static void test_backends_agree(void **state)
+{
+    (void)state;
+    static const char *const runs[][20] = {
+        {"--steps", "24", "--batch", "8", "--lr", "1e-2", "--rank", "4", "--method", "plora", "--period", "8", NULL},
+        {"--steps", "24", "--batch", "8", "--lr", "1e-2", "--rank", "4", "--method", "plora", "--period", "4",
+         "--momentum", "0.2", "--dtype", "bf16", NULL}};
+    static const double bounds[] = {1e-4, 2e-2};
+    for (int i = 0; i < CHECK_COUNT(runs); i++) {
+        double losses[2][32];
+        for (int on = 0; on < 2; on++) {
+            const char *output = in_scratch(on ? "on_device" : "on_host");
+            llama_device_off = !on;
+            OK(train(output, 0, 0, runs[i]));
+            assert_int_equal(log_values(output, "loss", losses[on], 32), 24);
+        }
+        for (int step = 0; step < 24; step++)
+            if (!(fabs(losses[0][step] - losses[1][step]) <= bounds[i] * losses[0][step]))
+                fail_msg("run %d, step %d: loss %g on the CPU, %g on CUDA", i, step, losses[0][step], losses[1][step]);
     }
 }
 
@@ -684,12 +741,14 @@ int main(void)
                                               cmocka_unit_test(test_options_are_checked),
                                               cmocka_unit_test(test_data_is_checked),
                                               cmocka_unit_test(test_configuration_is_checked),
-                                              cmocka_unit_test(test_output_that_cannot_be_written)};
+                                              cmocka_unit_test(test_output_that_cannot_be_written),
+                                              cmocka_unit_test(test_backends_agree)};
+    const size_t count = sizeof tests / sizeof *tests - (device_is_cuda() ? 0 : 1);
     check_begin("test_llama");
     if (!mkdtemp(scratch)) return 1;
     write_examples(in_scratch("train.jsonl"), 40, 1);
     write_examples(in_scratch("heldout.jsonl"), 12, 2);
-    const int failed = cmocka_run_group_tests(tests, NULL, NULL);
+    const int failed = _cmocka_run_group_tests("llama", tests, count, NULL, NULL);
     nftw(scratch, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
     return failed;
 }

@@ -42,6 +42,7 @@ static int teardown(void **state)
 {
     (void)state;
     plora_context_destroy(context);
+    device_download(PLORA_OK);
     int failed = allocator.live != 0 || allocator.live_bytes != 0 || allocator.errors != 0;
     if (failed)
         print_error("%lld allocations of %lld bytes left, %lld bad frees\n", (long long)allocator.live,
@@ -93,7 +94,7 @@ static void layers_are_found(void **state)
         assert_int_equal(linear.flags, layers[i].flags);
         assert_int_equal(linear.weight.rows, layers[i].rows);
         assert_int_equal(linear.weight.dtype, layers[i].dtype);
-        assert_ptr_equal(linear.weight.data, weights[i == HEAD ? EMBEDDING : i].m.data);
+        assert_ptr_equal(linear.weight.data, device_of(weights[i == HEAD ? EMBEDDING : i].m.data));
         assert_int_equal(linear.struct_size, sizeof linear);
     }
     int32_t layer = 77;
@@ -372,6 +373,9 @@ static void arena_layout(void **state)
     CHECK_OK(plora_adapters_gradients(adapters, &gradients, &gradient_count));
     assert_int_equal(count, gradient_count);
     assert_int_equal((uintptr_t)parameters % 64, 0);
+    const float *const own_parameters = parameters, *const own_gradients = gradients;
+    parameters = device_mirror(parameters, (size_t)count * sizeof *parameters);
+    gradients = device_mirror(gradients, (size_t)count * sizeof *gradients);
     for (int32_t layer = 0; layer < HEAD; ++layer) {
         plora_adapter adapter = PLORA_ADAPTER_INIT;
         CHECK_OK(plora_adapters_layer(adapters, layer, &adapter));
@@ -386,13 +390,13 @@ static void arena_layout(void **state)
             assert_int_equal(views[i]->dtype, PLORA_F32);
         }
         for (int is_b = 0; is_b < 2; ++is_b) {
-            const int64_t begin = (float *)views[is_b]->data - parameters,
+            const int64_t begin = (float *)views[is_b]->data - own_parameters,
                           used = views[is_b]->rows * views[is_b]->columns;
             CHECK(begin == (end + 15) / 16 * 16, "layer %d, %s starts at %lld, the one before ended at %lld", layer,
                   is_b ? "B" : "A", (long long)begin, (long long)end);
             for (int64_t i = end; i < begin; ++i)
                 assert_true(parameters[i] == 0.0f);
-            assert_int_equal((float *)views[is_b + 2]->data - gradients, begin);
+            assert_int_equal((float *)views[is_b + 2]->data - own_gradients, begin);
             int64_t zeros = 0;
             for (int64_t i = begin; i < begin + used; ++i)
                 zeros += parameters[i] == 0.0f;
@@ -409,6 +413,8 @@ static void arena_layout(void **state)
     for (int64_t i = end; i < count; ++i)
         assert_true(parameters[i] == 0.0f);
     assert_int_equal(plora_adapters_stage(adapters), 0);
+    device_forget(parameters);
+    device_forget(gradients);
     plora_adapters_destroy(adapters);
     plora_model_destroy(model);
 }
@@ -456,7 +462,8 @@ static void one_forward(plora_adapters *adapters)
 {
     struct check_matrix x = check_matrix_new(3, 12, 12, PLORA_F32), y = check_matrix_new(3, 12, 12, PLORA_F32);
     check_matrix_random(&x, 1.0);
-    CHECK_OK(plora_linear_forward(adapters, 1, &x.m, &y.m, 0, NULL));
+    const plora_matrix device_x = device_matrix(x.m), device_y = device_matrix(y.m);
+    CHECK_OK(DEVICE(plora_linear_forward(adapters, 1, &device_x, &device_y, 0, NULL)));
     for (int64_t i = 0; i < 36; ++i)
         assert_true(isfinite(((float *)y.m.data)[i]));
     check_matrix_guards(&y, "y");
@@ -624,7 +631,8 @@ static void context_and_first_call_run_out_of_memory(void **state)
             if (memory.failed == 0) memory.fail_at = memory.calls + k;
             struct check_matrix x = check_matrix_new(3, 12, 12, PLORA_F32), y = check_matrix_new(3, 12, 12, PLORA_F32);
             check_matrix_random(&x, 1.0);
-            status = plora_linear_forward(adapters, 1, &x.m, &y.m, 0, NULL);
+            const plora_matrix device_x = device_matrix(x.m), device_y = device_matrix(y.m);
+            status = DEVICE(plora_linear_forward(adapters, 1, &device_x, &device_y, 0, NULL));
             assert_int_equal(status, memory.failed > 0 ? PLORA_ERROR_OUT_OF_MEMORY : PLORA_OK);
             memory.fail_at = 0;
             one_forward(adapters);
@@ -647,13 +655,16 @@ static void memory_figures(void **state)
     plora_model *model = built();
     plora_adapters *adapters = create(model, NULL, NULL);
     CHECK_OK(plora_memory_stats(context, &full));
-    assert_int_equal(full.current_bytes, allocator.live_bytes);
-    assert_int_equal(full.allocations, allocator.calls);
+    assert_int_equal(full.current_bytes + full.device_current_bytes, allocator.live_bytes);
+    assert_int_equal(full.allocations + full.device_allocations, allocator.calls);
+    assert_true(full.device_peak_bytes >= full.device_current_bytes);
+    assert_int_equal(full.device_current_bytes > 0, device_is_cuda());
     assert_true(full.peak_bytes >= full.current_bytes);
     plora_adapters_destroy(adapters);
     plora_model_destroy(model);
     CHECK_OK(plora_memory_stats(context, &last));
     assert_int_equal(last.current_bytes, empty.current_bytes);
+    assert_int_equal(last.device_current_bytes, 0);
     assert_true(last.peak_bytes >= full.current_bytes);
 }
 

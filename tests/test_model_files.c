@@ -13,54 +13,28 @@ static void pad(char *header)
 
 static char *whole_model(void)
 {
+    static const char *const entries[] = {
+        "\"__metadata__\":{\"format\":\"pt\",\"a\":\"b\"}",
+        ENTRY("model.embed_tokens.weight", "F32", "[5,4]", 0, 80),
+        ENTRY("l.0.q.weight", "BF16", "[2,4]", 80, 96),
+        ENTRY("l.0.q.bias", "F32", "[2]", 96, 104),
+        ENTRY("l.0.k.weight", "F16", "[3,4]", 104, 128),
+        ENTRY("l.0.k.bias", "F32", "[2]", 128, 136),
+        ENTRY("norm.weight", "F32", "[4]", 136, 152),
+        ENTRY("conv.weight", "F32", "[2,1,3]", 152, 176),
+        ENTRY("ids.weight", "I64", "[1,2]", 176, 192),
+        ENTRY("none.weight", "F32", "[0,4]", 192, 192),
+        ENTRY("lm_head.weight", "F32", "[1,4]", 192, 208),
+        ENTRY(".weight", "F32", "[1,1]", 208, 212),
+        ENTRY("scalar", "F32", "[]", 212, 216),
+    };
     static char header[2048];
-    strcpy(
-        header,
-        "{\"__metadata__\":{\"format\":\"pt\",\"a\":\"b\"}," ENTRY("model.embed_tokens.weight", "F32", "[5,4]", 0, 80) "," ENTRY("l.0.q.weight", "BF16", "[2,4]", 80, 96) "," ENTRY(
-            "l.0.q.bias",
-            "F32", "[2]",
-            96,
-            104) "," ENTRY("l.0.k.weight", "F16", "[3,4]", 104,
-                           128) "," ENTRY("l.0.k.bias", "F32", "[2]", 128,
-                                          136) "," ENTRY("norm.weight", "F32", "[4]", 136,
-                                                         152) "," ENTRY("conv.weight", "F32", "[2,1,3]", 152,
-                                                                        176) "," ENTRY("ids.weight", "I64", "[1,2]",
-                                                                                       176,
-                                                                                       192) "," ENTRY("none.weight",
-                                                                                                      "F32", "[0,4]",
-                                                                                                      192,
-                                                                                                      192) "," ENTRY("l"
-                                                                                                                     "m"
-                                                                                                                     "_"
-                                                                                                                     "h"
-                                                                                                                     "e"
-                                                                                                                     "a"
-                                                                                                                     "d"
-                                                                                                                     "."
-                                                                                                                     "w"
-                                                                                                                     "e"
-                                                                                                                     "i"
-                                                                                                                     "g"
-                                                                                                                     "h"
-                                                                                                                     "t",
-                                                                                                                     "F"
-                                                                                                                     "3"
-                                                                                                                     "2",
-                                                                                                                     "["
-                                                                                                                     "1"
-                                                                                                                     ","
-                                                                                                                     "4"
-                                                                                                                     "]",
-                                                                                                                     192,
-                                                                                                                     208) "," ENTRY(".weight",
-                                                                                                                                    "F32",
-                                                                                                                                    "[1,1]",
-                                                                                                                                    208,
-                                                                                                                                    212) "," ENTRY("scalar",
-                                                                                                                                                   "F32",
-                                                                                                                                                   "[]",
-                                                                                                                                                   212,
-                                                                                                                                                   216) "}");
+    header[0] = '\0';
+    for (int i = 0; i < CHECK_COUNT(entries); ++i) {
+        strcat(header, i == 0 ? "{" : ",");
+        strcat(header, entries[i]);
+    }
+    strcat(header, "}");
     pad(header);
     return header;
 }
@@ -107,7 +81,9 @@ static void layers_and_tensors(void **state)
     }
     plora_matrix t;
     CHECK_OK(plora_model_find_tensor(model, "norm.weight", &t));
-    CHECK(t.rows == 1 && t.columns == 4 && ((unsigned char *)t.data)[0] == 137, "norm.weight");
+    unsigned char *norm = device_mirror(t.data, 16);
+    CHECK(t.rows == 1 && t.columns == 4 && norm[0] == 137 && norm[15] == 152, "norm.weight");
+    device_forget(norm);
     CHECK_OK(plora_model_find_tensor(model, "conv.weight", &t));
     CHECK(t.rows == 2 && t.columns == 3, "conv.weight is [%lld,%lld]", (long long)t.rows, (long long)t.columns);
     CHECK_OK(plora_model_find_tensor(model, "scalar", &t));
@@ -137,16 +113,20 @@ static void save_opened(void **state)
     check_same_bytes(file_path("a"), file_path("c"));
     plora_linear linear = PLORA_LINEAR_INIT;
     CHECK_OK(plora_model_layer(model, 0, &linear));
-    ((float *)linear.weight.data)[7] = 42.0f;
+    float *weight = device_mirror(linear.weight.data, 20 * sizeof *weight);
+    weight[7] = 42.0f;
     check_same_bytes(file_path("a"), file_path("b"));
-    CHECK_OK(plora_model_save(model, file_path("a")));
-    ((float *)linear.weight.data)[8] = 43.0f;
-    CHECK_OK(plora_model_save(model, file_path("a")));
+    CHECK_OK(DEVICE(plora_model_save(model, file_path("a"))));
+    weight[8] = 43.0f;
+    CHECK_OK(DEVICE(plora_model_save(model, file_path("a"))));
+    device_forget(weight);
     plora_model_destroy(model);
     plora_matrix t;
     CHECK_OK(plora_model_open(context, file_path("a"), &model));
     CHECK_OK(plora_model_find_tensor(model, "model.embed_tokens.weight", &t));
-    CHECK(((float *)t.data)[7] == 42.0f && ((float *)t.data)[8] == 43.0f, "the changes were not saved");
+    weight = device_mirror(t.data, 20 * sizeof *weight);
+    CHECK(weight[7] == 42.0f && weight[8] == 43.0f, "the changes were not saved");
+    device_forget(weight);
     CHECK_FAILS(plora_model_save(model, file_path("no/x")), PLORA_ERROR_IO, "No such file");
     CHECK_FAILS(plora_model_save(model, NULL), PLORA_ERROR_INVALID_ARGUMENT, "path");
     CHECK_FAILS(plora_model_save(NULL, "x"), PLORA_ERROR_INVALID_ARGUMENT, "model");
@@ -240,10 +220,11 @@ static void save_built(void **state)
         CHECK_OK(plora_model_create(context, &model));
         struct check_matrix w = check_matrix_new(3, 5, 7, dtype);
         check_matrix_random(&w, 1.0);
-        const uint16_t bias[3] = {0x3f80, 0x4000, 0x4040};
+        uint16_t bias[3] = {0x3f80, 0x4000, 0x4040};
+        device_twin(bias, sizeof bias);
         CHECK_OK(check_add_linear(model, "x.y", &w.m, bias, PLORA_BF16, 0, NULL));
         CHECK_OK(check_add_linear(model, "tied", &w.m, NULL, 0, 0, NULL));
-        CHECK_OK(plora_model_save(model, file_path("built")));
+        CHECK_OK(DEVICE(plora_model_save(model, file_path("built"))));
         plora_model_destroy(model);
 
         CHECK_OK(plora_model_open(context, file_path("built"), &model));
@@ -253,15 +234,22 @@ static void save_built(void **state)
             CHECK_OK(plora_model_layer(model, layer, &linear));
             CHECK(linear.weight.dtype == dtype && linear.weight.rows == 3 && linear.weight.columns == 5, "layer %d",
                   layer);
+            plora_matrix weight = linear.weight;
+            weight.data = device_mirror(weight.data, 15 * plora__dtype_size(dtype));
             for (int64_t i = 0; i < 3; ++i)
                 for (int64_t j = 0; j < 5; ++j)
-                    CHECK(check_element(&linear.weight, i, j) == check_element(&w.m, i, j), "layer %d (%d,%d)", layer,
-                          (int)i, (int)j);
+                    CHECK(check_element(&weight, i, j) == check_element(&w.m, i, j), "layer %d (%d,%d)", layer, (int)i,
+                          (int)j);
+            device_forget(weight.data);
             CHECK((linear.bias != NULL) == (layer == 0), "bias of layer %d", layer);
-            if (layer == 0) CHECK(memcmp(linear.bias, bias, sizeof bias) == 0, "values of the bias");
+            if (layer > 0) continue;
+            void *saved = device_mirror(device_of(linear.bias), sizeof bias);
+            CHECK(memcmp(saved, bias, sizeof bias) == 0, "values of the bias");
+            device_forget(saved);
         }
         plora_model_destroy(model);
         check_matrix_free(&w);
+        device_forget(bias);
     }
     plora_model *empty;
     CHECK_OK(plora_model_create(context, &empty));

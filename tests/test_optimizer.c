@@ -1,7 +1,9 @@
-/* test_optimizer.c: the update kernels of every instruction level against double, the optimizer against torch's trajectories. */
+/* test_optimizer.c: the update kernels of every instruction level of the CPU against double, the same through the backend's table, the
+ * optimizer against torch's trajectories. */
 #include "check.h"
 #include "cpu/isa.h"
 #include "cpu/optimizer_kernels.h"
+#include "handles.h"
 #include "vectors_optimizer.h"
 
 /* ------------------------------------------------------------------------------------------------------------ kernels */
@@ -22,8 +24,9 @@ static void fill(struct arenas *arenas, int64_t count)
     }
 }
 
+/* Segments of multiples of `unit` elements, at most 64. */
 static struct plora__step_args random_args(struct arenas *arenas, int64_t count, int32_t algorithm,
-                                           struct plora__segment *segments)
+                                           struct plora__segment *segments, int64_t unit)
 {
     struct plora__step_args args = {
         .algorithm = algorithm, .count = count, .parameters = arenas->p, .gradients = arenas->g};
@@ -31,7 +34,7 @@ static struct plora__step_args random_args(struct arenas *arenas, int64_t count,
     args.second_moment = algorithm == PLORA_OPTIMIZER_ADAMW ? arenas->v : NULL;
     args.segments = segments;
     for (int64_t begin = 0; begin < count; begin = segments[args.segment_count++].end) {
-        const int64_t length = check_integer(1, count - begin < 30000 ? count - begin : 30000);
+        const int64_t length = unit * check_integer(1, (count - begin < 30000 ? count - begin : 30000) / unit);
         segments[args.segment_count] = (struct plora__segment){begin, args.segment_count == 63 ? count : begin + length,
                                                                args.segment_count % 2, 0};
     }
@@ -88,7 +91,7 @@ static void test_step_kernels(void **state)
             for (int c = 0; c < CHECK_COUNT(counts); ++c) {
                 fill(start, MOST);
                 *after = *start;
-                struct plora__step_args args = random_args(after, counts[c], algorithm, segments);
+                struct plora__step_args args = random_args(after, counts[c], algorithm, segments, 1);
                 cpu_optimizer_update_with(cpu_optimizer_kernels(isa), 2, &args, args.gradient_scale);
                 for (int32_t s = 0; s < args.segment_count; ++s)
                     for (int64_t i = segments[s].begin; i < segments[s].end; ++i)
@@ -155,6 +158,132 @@ static void test_sums_and_scale(void **state)
         }
 }
 
+/* -------------------------------------------------------------------------------------------------------------- backend */
+
+/* What optimizer_step works on, with a twin of each block. */
+struct step_buffers {
+    struct arenas *start, *after, *again;
+    struct plora__segment segments[64];
+    struct plora__step_state state;
+    void *workspace;
+};
+
+static double norm_of(const float *gradients, int64_t count, double scale)
+{
+    double sum = 0;
+    for (int64_t i = 0; i < count; ++i)
+        sum += (double)gradients[i] * gradients[i];
+    return sqrt(sum) * scale;
+}
+
+/* One step through the table, against double; on CUDA also against the CPU's kernels, bit for bit. */
+static void check_backend_step(const plora_context *context, struct step_buffers *b, int64_t count, int32_t algorithm,
+                               int clips)
+{
+    fill(b->start, MOST);
+    *b->after = *b->start;
+    struct plora__step_args args = random_args(b->after, count, algorithm, b->segments, 16);
+    const double scale = args.gradient_scale, norm = norm_of(b->start->g, count, scale);
+    args.max_norm = clips > 0 ? norm * 0.375 : clips < 0 ? norm * 2 : 0;
+    struct plora__step_args given = args;
+    given.parameters = device_of(b->after->p);
+    given.gradients = device_of(b->after->g);
+    given.first_moment = device_of(b->after->m);
+    given.second_moment = algorithm == PLORA_OPTIMIZER_ADAMW ? device_of(b->after->v) : NULL;
+    given.segments = device_of(b->segments);
+    given.state = device_of(&b->state);
+    given.workspace = device_of(b->workspace);
+    const int64_t refused = b->state.refused;
+    CHECK_OK(DEVICE(context->backend->optimizer_step(context->device, &given, NULL)));
+    CHECK_CLOSE(b->state.norm, norm, 1e-12 * norm, "norm of %lld", (long long)count);
+    CHECK(b->state.refused == refused, "%lld steps were refused", (long long)(b->state.refused - refused));
+
+    const double factor = clips > 0 ? scale * (args.max_norm / b->state.norm) : scale;
+    args.gradient_scale = factor;
+    for (int32_t s = 0; s < args.segment_count; ++s)
+        for (int64_t i = b->segments[s].begin; i < b->segments[s].end; ++i)
+            check_element_step(&args, b->start, b->after, i, b->segments[s].is_b, -1);
+    const size_t rest = (size_t)(MOST - count) * sizeof(float);
+    CHECK(memcmp(b->after->p + count, b->start->p + count, rest) == 0 &&
+              memcmp(b->after->m + count, b->start->m + count, rest) == 0 &&
+              memcmp(b->after->v + count, b->start->v + count, rest) == 0 &&
+              memcmp(b->after->g, b->start->g, sizeof b->start->g) == 0,
+          "wrote past the end, or to the gradients");
+    if (cpu_isa() != CPU_ISA_PORTABLE) { /* which rounds products and sums apart */
+        *b->again = *b->start;
+        args.parameters = b->again->p;
+        args.gradients = b->again->g;
+        args.first_moment = b->again->m;
+        args.second_moment = algorithm == PLORA_OPTIMIZER_ADAMW ? b->again->v : NULL;
+        cpu_optimizer_update_with(cpu_optimizer_kernels(cpu_isa()), 1, &args, factor);
+        CHECK(memcmp(b->again, b->after, sizeof *b->after) == 0, "other bits than the CPU's, count %lld",
+              (long long)count);
+    }
+    /* And a step that is refused. */
+    b->after->g[check_integer(0, count - 1)] = clips ? NAN : -INFINITY;
+    *b->again = *b->after;
+    CHECK_OK(DEVICE(context->backend->optimizer_step(context->device, &given, NULL)));
+    CHECK(!isfinite(b->state.norm) && b->state.refused == refused + 1, "norm %g, %lld refused", b->state.norm,
+          (long long)(b->state.refused - refused));
+    CHECK(memcmp(b->again, b->after, sizeof *b->after) == 0, "a refused step has changed something");
+}
+
+static void test_backend_step(void **state)
+{
+    (void)state;
+    check_reseed(5);
+    plora_context *context = check_context(NULL, 2, 0);
+    struct step_buffers *b = calloc(1, sizeof *b);
+    CHECK(b != NULL, "the test itself is out of memory");
+    b->start = malloc(sizeof *b->start);
+    b->after = malloc(sizeof *b->after);
+    b->again = malloc(sizeof *b->again);
+    const struct plora__step_args most = {.count = MOST};
+    const size_t bytes = context->backend->step_workspace(context->device, &most);
+    b->workspace = aligned_alloc(64, (bytes + 64) / 64 * 64);
+    CHECK(b->start != NULL && b->after != NULL && b->again != NULL && b->workspace != NULL, "out of memory");
+    memset(b->workspace, 0, bytes);
+    device_twin(b->after, sizeof *b->after);
+    device_twin(b->segments, sizeof b->segments);
+    device_twin(&b->state, sizeof b->state);
+    device_twin(b->workspace, bytes);
+    static const int64_t counts[] = {16, 48, 1040, 4096, 4112, 16384, MOST};
+    for (int32_t algorithm = PLORA_OPTIMIZER_ADAMW; algorithm <= PLORA_OPTIMIZER_SGD; ++algorithm)
+        for (int c = 0; c < CHECK_COUNT(counts); ++c)
+            for (int clips = -1; clips <= 1; ++clips)
+                check_backend_step(context, b, counts[c], algorithm, clips);
+    void *const blocks[] = {b->after, b->segments, &b->state, b->workspace};
+    for (int i = 0; i < CHECK_COUNT(blocks); ++i)
+        device_forget(blocks[i]);
+    free(b->start);
+    free(b->after);
+    free(b->again);
+    free(b->workspace);
+    free(b);
+    plora_context_destroy(context);
+}
+
+static void test_backend_scale(void **state)
+{
+    (void)state;
+    check_reseed(6);
+    plora_context *context = check_context(NULL, 2, 0);
+    static float values[MOST], before[MOST];
+    device_twin(values, sizeof values);
+    static const int64_t counts[] = {0, 1, 2, 3, 4, 5, 4095, 4096, 4097, 20000, MOST};
+    for (int c = 0; c < CHECK_COUNT(counts); ++c) {
+        const float factor = (float)check_uniform();
+        for (int64_t i = 0; i < MOST; ++i)
+            before[i] = values[i] = (float)ldexp(check_uniform(), (int)check_integer(-60, 60));
+        CHECK_OK(DEVICE(context->backend->scale(context->device, device_of(values), counts[c], factor, NULL)));
+        for (int64_t i = 0; i < MOST; ++i)
+            CHECK(values[i] == (i < counts[c] ? before[i] * factor : before[i]), "scale, element %lld of %lld",
+                  (long long)i, (long long)counts[c]);
+    }
+    device_forget(values);
+    plora_context_destroy(context);
+}
+
 /* ---------------------------------------------------------------------------------------------------------- optimizer */
 
 /* One layer: A[2,4], B[16,2], in an arena of 16 + 32 elements. */
@@ -175,6 +304,7 @@ static void start_run(struct run *run, const plora_optimizer_options *options)
     run->allocator = (struct check_allocator)CHECK_ALLOCATOR_INIT;
     run->context = check_context(&run->allocator, 2, 0);
     CHECK_OK(plora_model_create(run->context, &run->model));
+    device_twin(run->weight, sizeof run->weight);
     const plora_matrix weight = {run->weight, 16, 4, 4, PLORA_F32, 0};
     CHECK_OK(check_add_linear(run->model, "layer", &weight, NULL, 0, 0, NULL));
     plora_adapters_options adapters = PLORA_ADAPTERS_OPTIONS_INIT;
@@ -187,10 +317,18 @@ static void start_run(struct run *run, const plora_optimizer_options *options)
     plora_adapter view = PLORA_ADAPTER_INIT;
     CHECK_OK(plora_adapters_layer(run->adapters, 0, &view));
     run->b_offset = (float *)view.b.data - run->parameters;
+    const size_t bytes = (size_t)run->count * sizeof(float);
+    run->parameters = device_mirror(run->parameters, bytes);
+    run->gradients = device_mirror(run->gradients, bytes);
+    run->first = device_mirror(run->first, bytes);
+    run->second = device_mirror(run->second, bytes);
 }
 
 static void finish_run(struct run *run)
 {
+    float *const host[] = {run->parameters, run->gradients, run->first, run->second, run->weight};
+    for (int i = 0; i < CHECK_COUNT(host); ++i)
+        device_forget(host[i]);
     plora_optimizer_destroy(run->optimizer);
     plora_adapters_destroy(run->adapters);
     plora_model_destroy(run->model);
@@ -220,7 +358,7 @@ static void test_torch_trajectories(void **state)
             for (int step = 0; step < VECTOR_STEPS; ++step) {
                 for (int i = 0; i < VECTOR_COUNT; ++i)
                     run.gradients[run.b_offset + i] = (float)accumulated * vector_gradients[step][i];
-                CHECK_OK(plora_optimizer_step(run.optimizer, 1.0 / accumulated, NULL, NULL));
+                CHECK_OK(DEVICE(plora_optimizer_step(run.optimizer, 1.0 / accumulated, NULL, NULL)));
                 for (int i = 0; i < VECTOR_COUNT; ++i) {
                     const double want = vector->parameters[step][i];
                     CHECK_CLOSE(p[i], want, (step + 1) * 0x1p-23 * (fabs(want) + 10 * vector->learning_rate),
@@ -256,7 +394,7 @@ static void test_step(void **state)
         }
         norm = sqrt(norm);
         plora_step_report report = PLORA_STEP_REPORT_INIT;
-        CHECK_OK(plora_optimizer_step(run.optimizer, scale, &report, NULL));
+        CHECK_OK(DEVICE(plora_optimizer_step(run.optimizer, scale, &report, NULL)));
         CHECK_CLOSE(report.gradient_norm, norm, 1e-12 * norm, "gradient_norm");
         CHECK(report.step == round + 1 && report.learning_rate == 0.5, "step %lld, lr %g", (long long)report.step,
               report.learning_rate);
@@ -275,7 +413,7 @@ static void test_step(void **state)
         const int64_t at = check_integer(0, 7);
         run.gradients[at] = bad[kind];
         plora_step_report report = PLORA_STEP_REPORT_INIT, untouched = PLORA_STEP_REPORT_INIT;
-        CHECK_FAILS(plora_optimizer_step(run.optimizer, 1.0, &report, NULL), PLORA_ERROR_NON_FINITE, "norm");
+        CHECK_FAILS(DEVICE(plora_optimizer_step(run.optimizer, 1.0, &report, NULL)), PLORA_ERROR_NON_FINITE, "norm");
         CHECK(memcmp(&report, &untouched, sizeof report) == 0, "the report was touched");
         CHECK(memcmp(p, run.parameters, (size_t)run.count * sizeof(float)) == 0 &&
                   memcmp(m, run.first, (size_t)run.count * sizeof(float)) == 0,
@@ -291,7 +429,7 @@ static void test_step(void **state)
                     "gradient_scale");
     CHECK_FAILS(plora_optimizer_step(NULL, 1.0, NULL, NULL), PLORA_ERROR_INVALID_ARGUMENT, "optimizer");
     run.gradients[3] = 5;
-    CHECK_OK(plora_optimizer_zero_gradients(run.optimizer, NULL));
+    CHECK_OK(DEVICE(plora_optimizer_zero_gradients(run.optimizer, NULL)));
     for (int64_t i = 0; i < run.count; ++i)
         CHECK(run.gradients[i] == 0, "gradient %lld", (long long)i);
     finish_run(&run);
@@ -309,7 +447,7 @@ static void test_state_and_reset(void **state)
     for (int64_t i = 0; i < 8; ++i)
         run.gradients[i] = (float)(1 + fabs(check_uniform()));
     for (int i = 0; i < 3; ++i)
-        CHECK_OK(plora_optimizer_step(run.optimizer, 1.0, NULL, NULL));
+        CHECK_OK(DEVICE(plora_optimizer_step(run.optimizer, 1.0, NULL, NULL)));
     for (int64_t i = 0; i < 8; ++i)
         CHECK(run.first[i] > 0 && run.second[i] > 0, "moment %lld after steps", (long long)i);
     for (int64_t i = 8; i < run.b_offset; ++i)
@@ -317,7 +455,7 @@ static void test_state_and_reset(void **state)
     int64_t step = 0, count = 0;
     CHECK_OK(plora_optimizer_state(run.optimizer, NULL, NULL, &count, &step));
     CHECK(step == 3 && count == run.count, "step %lld, count %lld", (long long)step, (long long)count);
-    CHECK_OK(plora_optimizer_reset(run.optimizer, NULL));
+    CHECK_OK(DEVICE(plora_optimizer_reset(run.optimizer, NULL)));
     CHECK_OK(plora_optimizer_state(run.optimizer, NULL, NULL, NULL, &step));
     CHECK(step == 0, "step %lld after a reset", (long long)step);
     for (int64_t i = 0; i < run.count; ++i)
@@ -372,7 +510,8 @@ int main(void)
 {
     check_begin("test_optimizer");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_step_kernels),       cmocka_unit_test(test_sums_and_scale),
+        cmocka_unit_test(test_step_kernels),       cmocka_unit_test(test_backend_step),
+        cmocka_unit_test(test_backend_scale),      cmocka_unit_test(test_sums_and_scale),
         cmocka_unit_test(test_torch_trajectories), cmocka_unit_test(test_step),
         cmocka_unit_test(test_state_and_reset),    cmocka_unit_test(test_create_refused),
     };

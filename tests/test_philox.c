@@ -2,6 +2,7 @@
  * draws are keyed, and the distributions that are made of them: dropout masks, Kaiming-uniform and Gaussian adapters. Bounds are 6
  * standard deviations of the statistic, or a Kolmogorov distance that chance exceeds once in 10^13 runs. */
 #include "check.h"
+#include "normal.h"
 #include "philox.h"
 #include "reference.h"
 
@@ -112,13 +113,17 @@ static float *fresh_adapter(int32_t init, uint64_t seed, int32_t layers, int32_t
     CHECK_OK(plora_adapters_create(model, &options, &adapters));
     plora_adapter adapter = PLORA_ADAPTER_INIT;
     CHECK_OK(plora_adapters_layer(adapters, layer, &adapter));
-    float *copy = malloc((size_t)(rank * features) * sizeof *copy);
+    const size_t a_bytes = (size_t)(rank * features) * sizeof(float);
+    const size_t b_bytes = (size_t)(adapter.b.rows * adapter.b.columns) * sizeof(float);
+    float *copy = malloc(a_bytes);
     assert_non_null(copy);
-    for (int64_t r = 0; r < rank; ++r)
-        memcpy(copy + r * features, (const float *)adapter.a.data + r * adapter.a.stride,
-               (size_t)features * sizeof *copy);
+    assert_int_equal(adapter.a.stride, features);
+    float *a = device_mirror(adapter.a.data, a_bytes), *b = device_mirror(adapter.b.data, b_bytes);
+    memcpy(copy, a, a_bytes);
     for (int64_t i = 0; i < adapter.b.rows * adapter.b.columns; ++i)
-        assert_true(((const float *)adapter.b.data)[i] == 0.0f);
+        assert_true(b[i] == 0.0f);
+    device_forget(a);
+    device_forget(b);
     plora_adapters_destroy(adapters);
     plora_model_destroy(model);
     plora_context_destroy(context);
@@ -234,6 +239,29 @@ static void kaiming_adapters(void **state)
     free(z);
 }
 
+/* Every backend draws the bits that philox.h and normal.h say, also where an adapter ends within a draw. */
+static void bits_are_the_same_everywhere(void **state)
+{
+    (void)state;
+    check_reseed(7);
+    for (int32_t init = PLORA_INIT_KAIMING_UNIFORM; init <= PLORA_INIT_GAUSSIAN; ++init)
+        for (int round = 0; round < 6; ++round) {
+            const int64_t rank = check_integer(1, 9), features = check_integer(rank, 2000);
+            const uint64_t seed = check_next();
+            const int32_t layer = (int32_t)check_integer(0, 2);
+            float *a = fresh_adapter(init, seed, 3, layer, rank, features);
+            const float scale = (float)(1.0 / sqrt((double)features));
+            for (int64_t i = 0; i < rank * features; ++i) {
+                const struct plora__words words = plora__draw(seed, PLORA__PURPOSE_INIT, 0, layer, (uint64_t)i / 4);
+                const uint32_t word = words.word[i % 4];
+                const float unit = init == PLORA_INIT_GAUSSIAN ? plora__normal(word) : plora__symmetric(word);
+                CHECK(plora__float_bits(a[i]) == plora__float_bits(unit * scale), "init %d: A[%lld] is %.9g, want %.9g",
+                      init, (long long)i, a[i], unit * scale);
+            }
+            free(a);
+        }
+}
+
 static double correlation(const float *a, const float *b, int64_t n)
 {
     double ab = 0, aa = 0, bb = 0;
@@ -280,6 +308,7 @@ int main(void)
         cmocka_unit_test(dropout_rate),
         cmocka_unit_test(gaussian_adapters),
         cmocka_unit_test(kaiming_adapters),
+        cmocka_unit_test(bits_are_the_same_everywhere),
         cmocka_unit_test(layers_and_seeds_are_independent),
     };
     return cmocka_run_group_tests_name("philox", tests, NULL, NULL);

@@ -1,301 +1,15 @@
-/* test_unload.c: the merge kernels of every instruction level against the naive reference, and plora_unload() as a whole. */
+/* test_unload.c: plora_unload() as a whole: what becomes of weights, adapters, optimizer and stage, what is refused,
+ * and the report. The kernels under it are in test_merge.c. */
 #include "check.h"
-#include "cpu/isa.h"
-#include "cpu/merge_kernels.h"
 #include "reference_unload.h"
-
-/* ------------------------------------------------------------------------------------------------------------ kernels */
-
-struct merge_case {
-    int64_t rows, columns, rank, stride;
-    int32_t dtype;
-    int transposed; /* left and right as fan_in_fan_out gives them */
-    float factor;
-    double weight_range;
-};
-
-struct merge_inputs {
-    struct check_matrix weight;
-    float *left, *right;
-    double *before, *d, *magnitude;
-    void *workspace;
-    size_t workspace_bytes;
-    struct plora__merge_args args;
-};
 
 static void *allocate(size_t bytes)
 {
-    void *memory = NULL;
-    CHECK(posix_memalign(&memory, 64, bytes + 64) == 0, "the test itself is out of memory");
-    memset(memory, CHECK_POISON, bytes + 64);
+    void *memory = malloc(bytes);
+    CHECK(memory != NULL, "the test itself is out of memory");
+    memset(memory, CHECK_POISON, bytes);
     return memory;
 }
-
-static struct merge_inputs make_inputs(const struct merge_case *c, const struct cpu_merge_kernels *kernels)
-{
-    struct merge_inputs in = {.weight = check_matrix_new(c->rows, c->columns, c->stride, c->dtype)};
-    check_matrix_random(&in.weight, c->weight_range);
-    const size_t elements = (size_t)(c->rows * c->columns);
-    in.left = allocate((size_t)(c->rows * c->rank) * sizeof(float));
-    in.right = allocate((size_t)(c->columns * c->rank) * sizeof(float));
-    in.before = allocate(elements * sizeof(double));
-    in.d = allocate(elements * sizeof(double));
-    in.magnitude = allocate(elements * sizeof(double));
-    for (int64_t i = 0; i < c->rows * c->rank; ++i)
-        in.left[i] = (float)check_uniform();
-    for (int64_t i = 0; i < c->columns * c->rank; ++i)
-        in.right[i] = (float)check_uniform();
-    for (int64_t i = 0; i < c->rows; ++i)
-        for (int64_t j = 0; j < c->columns; ++j)
-            in.before[i * c->columns + j] = check_element(&in.weight.m, i, j);
-    in.args = (struct plora__merge_args){
-        .weight = in.weight.m,
-        .rank = c->rank,
-        .factor = c->factor,
-        .left = in.left,
-        .left_row_stride = c->transposed ? 1 : c->rank,
-        .left_rank_stride = c->transposed ? c->rows : 1,
-        .right = in.right,
-        .right_rank_stride = c->transposed ? 1 : c->columns,
-        .right_column_stride = c->transposed ? c->rank : 1,
-    };
-    in.workspace_bytes = cpu_merge_workspace_with(kernels, &in.args);
-    in.workspace = in.args.workspace = allocate(in.workspace_bytes);
-    reference_delta(c->factor, c->rows, c->columns, c->rank, in.left, in.args.left_row_stride, in.args.left_rank_stride,
-                    in.right, in.args.right_rank_stride, in.args.right_column_stride, in.d, in.magnitude);
-    return in;
-}
-
-static void free_inputs(struct merge_inputs *in)
-{
-    const unsigned char *end = (const unsigned char *)in->workspace + in->workspace_bytes;
-    for (int i = 0; i < 64; ++i)
-        CHECK(end[i] == CHECK_POISON, "wrote %d bytes behind the workspace", i);
-    check_matrix_free(&in->weight);
-    free(in->left);
-    free(in->right);
-    free(in->before);
-    free(in->d);
-    free(in->magnitude);
-    free(in->workspace);
-}
-
-static const char *describe(const struct merge_case *c, int isa)
-{
-    static char text[200];
-    snprintf(text, sizeof text, "level %d, W[%lld,%lld] stride %lld dtype %d, R %lld, transposed %d", isa,
-             (long long)c->rows, (long long)c->columns, (long long)c->stride, (int)c->dtype, (long long)c->rank,
-             c->transposed);
-    return text;
-}
-
-static void check_merged(const struct merge_case *c, const struct merge_inputs *in, const char *text)
-{
-    for (int64_t i = 0; i < c->rows; ++i)
-        for (int64_t j = 0; j < c->columns; ++j) {
-            const int64_t at = i * c->columns + j;
-            const double want = in->before[at] + in->d[at];
-            const double error = reference_delta_error(c->rank, in->magnitude[at]);
-            CHECK_CLOSE(check_element(&in->weight.m, i, j), want, reference_merge_error(c->dtype, want, error),
-                        "[%lld,%lld], %s", (long long)i, (long long)j, text);
-        }
-    check_matrix_guards(&in->weight, text);
-}
-
-/* The sums against the same sums over what is in memory now. */
-static void check_sums(const struct merge_case *c, const struct merge_inputs *in, const struct plora__merge_sums *sums,
-                       const char *text)
-{
-    double dd = 0, gd = 0, ww = 0, changed = 0, lost_max = 0, dd_error = 0, gd_error = 0, lost_error = 0;
-    for (int64_t i = 0; i < c->rows; ++i)
-        for (int64_t j = 0; j < c->columns; ++j) {
-            const int64_t at = i * c->columns + j;
-            const double w = in->before[at], d = in->d[at], g = check_element(&in->weight.m, i, j) - w;
-            const double error = reference_delta_error(c->rank, in->magnitude[at]);
-            dd += d * d;
-            gd += g * d;
-            ww += w * w;
-            changed += plora__float_bits((float)w) != plora__float_bits((float)(w + g));
-            lost_max = fmax(lost_max, fabs(d - g));
-            dd_error += 2 * fabs(d) * error + error * error;
-            gd_error += fabs(g) * error;
-            lost_error = fmax(lost_error, error);
-        }
-    const double slack = 1e-12 * (double)(c->rows * c->columns);
-    CHECK_CLOSE(sums->dd, dd, dd_error + slack * dd, "sum d^2, %s", text);
-    CHECK_CLOSE(sums->gd, gd, gd_error + slack * dd, "sum g d, %s", text);
-    CHECK_CLOSE(sums->ww, ww, slack * ww, "sum W^2, %s", text);
-    CHECK_CLOSE(sums->changed, changed, 0, "changed, %s", text);
-    CHECK_CLOSE(sums->lost_max, lost_max, lost_error * 1.001, "lost_max, %s", text);
-    const double effective = reference_effective_rank(c->rows, c->columns, in->d);
-    CHECK_CLOSE(sums->effective_rank, effective, 1e-9 * (effective + 1), "effective rank, %s", text);
-}
-
-static void run_case(const struct merge_case *c, int isa)
-{
-    const struct cpu_merge_kernels *kernels = cpu_merge_kernels(isa);
-    const char *text = describe(c, isa);
-    struct merge_inputs in = make_inputs(c, kernels);
-    struct check_matrix start = check_matrix_new(c->rows, c->columns, c->stride, c->dtype);
-    const size_t bytes = (size_t)((c->rows - 1) * c->stride + c->columns) * plora__dtype_size(c->dtype);
-    memcpy(start.m.data, in.weight.m.data, bytes);
-
-    cpu_merge_with(kernels, 2, &in.args);
-    check_merged(c, &in, text);
-    void *plain = allocate(bytes);
-    memcpy(plain, in.weight.m.data, bytes);
-
-    struct plora__merge_sums first = {0};
-    for (int threads = 1; threads <= 3;
-         ++threads) { /* the same bits with and without sums, with any number of threads */
-        struct plora__merge_sums sums = {0};
-        memcpy(in.weight.m.data, start.m.data, bytes);
-        memset(in.workspace, CHECK_POISON, in.workspace_bytes);
-        in.args.sums = &sums;
-        cpu_merge_with(kernels, threads, &in.args);
-        CHECK(memcmp(plain, in.weight.m.data, bytes) == 0, "W differs with sums and %d threads, %s", threads, text);
-        check_sums(c, &in, &sums, text);
-        if (threads == 1) first = sums;
-        CHECK(memcmp(&first, &sums, sizeof sums) == 0, "sums differ with %d threads, %s", threads, text);
-    }
-    free(plain);
-    check_matrix_free(&start);
-    free_inputs(&in);
-}
-
-static void test_merge_kernels(void **state)
-{
-    (void)state;
-    check_reseed(1);
-    static const int64_t shapes[][3] = {{1, 1, 1},     {1, 64, 1},    {6, 64, 8},     {7, 65, 3},
-                                        {24, 128, 16}, {25, 129, 5},  {53, 97, 7},    {61, 193, 33},
-                                        {128, 64, 64}, {31, 257, 31}, {130, 131, 130}};
-    for (int isa = 0; isa <= cpu_isa(); ++isa)
-        for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 3 : 0); ++s)
-            for (int32_t dtype = PLORA_F32; dtype <= PLORA_F16; ++dtype)
-                for (int transposed = 0; transposed < 2; ++transposed) {
-                    const int64_t extra = check_integer(0, 1) ? check_integer(1, 19) : 0;
-                    const struct merge_case c = {shapes[s][0],
-                                                 shapes[s][1],
-                                                 shapes[s][2],
-                                                 shapes[s][1] + extra,
-                                                 dtype,
-                                                 transposed,
-                                                 (float)(check_uniform() * 0.1),
-                                                 0.5};
-                    run_case(&c, isa);
-                }
-}
-
-static void test_merge_random_shapes(void **state)
-{
-    (void)state;
-    check_reseed(2);
-    for (int i = 0; i < (check_quick() ? 3 : 12); ++i) {
-        const int64_t rows = check_integer(1, 70), columns = check_integer(1, 160),
-                      least = rows < columns ? rows : columns;
-        const struct merge_case c = {rows,
-                                     columns,
-                                     check_integer(1, least),
-                                     columns + check_integer(0, 9),
-                                     (int32_t)check_integer(0, 2),
-                                     (int)check_integer(0, 1),
-                                     (float)ldexp(check_uniform(), (int)check_integer(-12, 3)),
-                                     ldexp(1, (int)check_integer(-20, 4))};
-        for (int isa = 0; isa <= cpu_isa(); ++isa)
-            run_case(&c, isa);
-    }
-}
-
-/* Every 16-bit pattern of W, plus a fixed d: exact rounding to nearest even, ties included, infinities and NaN kept. */
-static void test_merge_rounding(void **state)
-{
-    (void)state;
-    check_reseed(3);
-    for (int isa = 0; isa <= cpu_isa(); ++isa)
-        for (int32_t dtype = PLORA_BF16; dtype <= PLORA_F16; ++dtype)
-            for (int exponent = -30; exponent <= 12; exponent += check_quick() ? 14 : 3) {
-                const struct cpu_merge_kernels *kernels = cpu_merge_kernels(isa);
-                const float d =
-                    (float)ldexp(1.0 + (double)check_integer(0, 3) / 4, exponent) * (check_integer(0, 1) ? 1 : -1);
-                const float one = 1.0f;
-                float right[256];
-                for (int j = 0; j < 256; ++j)
-                    right[j] = d;
-                struct check_matrix weight = check_matrix_new(256, 256, 256, dtype);
-                uint16_t *bits = weight.m.data;
-                for (int j = 0; j < 65536; ++j)
-                    bits[j] = (uint16_t)j;
-                struct plora__merge_args args = {.weight = weight.m,
-                                                 .rank = 1,
-                                                 .factor = 1.0f,
-                                                 .left = &one,
-                                                 .right = right,
-                                                 .right_rank_stride = 256,
-                                                 .right_column_stride = 1};
-                args.workspace = allocate(cpu_merge_workspace_with(kernels, &args));
-                int64_t overflows = -1, expected = 0;
-                check_matrix_snapshot(&weight);
-                args.overflows = &overflows;
-                cpu_merge_with(kernels, 2, &args);
-                check_matrix_unchanged(&weight, "W after the dry run");
-                args.overflows = NULL;
-                cpu_merge_with(kernels, 2, &args);
-                for (int j = 0; j < 65536; ++j) {
-                    const uint16_t start = (uint16_t)j;
-                    uint16_t want_bits;
-                    plora__store(&want_bits, 0, dtype, plora__load(&start, 0, dtype) + d);
-                    const float want = plora__load(&want_bits, 0, dtype), got = plora__load(bits, j, dtype);
-                    CHECK(isnan(want) ? isnan(got) : bits[j] == want_bits,
-                          "level %d, dtype %d: 0x%04x + %g: got 0x%04x, want 0x%04x", isa, dtype, j, d, bits[j],
-                          want_bits);
-                    expected += isfinite(plora__load(&start, 0, dtype)) && !isfinite(want);
-                }
-                CHECK(overflows == expected, "level %d, dtype %d, d %g: %lld overflows, want %lld", isa, dtype, d,
-                      (long long)overflows, (long long)expected);
-                free(args.workspace);
-                check_matrix_free(&weight);
-            }
-}
-
-static void test_magnitudes(void **state)
-{
-    (void)state;
-    check_reseed(4);
-    enum { SEGMENTS = 5 };
-    for (int isa = 0; isa <= cpu_isa(); ++isa)
-        for (int kind = 0; kind < 4; ++kind) {
-            struct plora__segment segments[SEGMENTS];
-            double want[SEGMENTS] = {0}, got[SEGMENTS];
-            int64_t count = 0;
-            for (int i = 0; i < SEGMENTS; ++i) {
-                const int64_t end = count + check_integer(1, 300);
-                segments[i] = (struct plora__segment){count, end, i % 2, 0};
-                count = end;
-            }
-            float *values = malloc((size_t)count * sizeof *values);
-            CHECK(values != NULL, "the test itself is out of memory");
-            for (int i = 0; i < SEGMENTS; ++i)
-                for (int64_t at = segments[i].begin; at < segments[i].end; ++at) {
-                    values[at] = (float)(100 * check_uniform());
-                    want[i] = fmax(want[i], fabs((double)values[at]));
-                }
-            const int64_t bad = check_integer(0, SEGMENTS - 1);
-            if (kind > 0) {
-                values[check_integer(segments[bad].begin, segments[bad].end - 1)] = kind == 1   ? NAN
-                                                                                    : kind == 2 ? INFINITY
-                                                                                                : -INFINITY;
-                want[bad] = INFINITY;
-            }
-            const struct plora__magnitude_args args = {values, segments, got, SEGMENTS};
-            cpu_magnitudes_with(cpu_merge_kernels(isa), 2, &args);
-            for (int i = 0; i < SEGMENTS; ++i)
-                CHECK(got[i] == want[i], "level %d, kind %d, segment %d: %g, want %g", isa, kind, i, got[i], want[i]);
-            free(values);
-        }
-}
-
-/* ------------------------------------------------------------------------------------------------------- plora_unload */
 
 enum { LAYERS = 4 };
 
@@ -340,14 +54,26 @@ static void setup(struct fixture *f, int32_t algorithm, int32_t threads)
     CHECK_OK(plora_adapters_parameters(f->adapters, &f->parameters, &f->count));
     CHECK_OK(plora_adapters_gradients(f->adapters, &f->gradients, &f->count));
     CHECK_OK(plora_optimizer_state(f->optimizer, &f->first, &f->second, NULL, NULL));
+    const size_t bytes = (size_t)f->count * sizeof(float);
+    f->parameters = device_mirror(f->parameters, bytes);
+    f->gradients = device_mirror(f->gradients, bytes);
+    f->first = device_mirror(f->first, bytes);
+    f->second = device_mirror(f->second, bytes);
     for (int i = 0; i < LAYERS; ++i) {
-        f->views[i] = (plora_adapter)PLORA_ADAPTER_INIT;
-        CHECK_OK(plora_adapters_layer(f->adapters, i, &f->views[i]));
+        plora_adapter *view = &f->views[i];
+        *view = (plora_adapter)PLORA_ADAPTER_INIT;
+        CHECK_OK(plora_adapters_layer(f->adapters, i, view));
+        plora_matrix *const matrices[] = {&view->a, &view->b, &view->a_gradient, &view->b_gradient};
+        for (int j = 0; j < CHECK_COUNT(matrices); ++j)
+            matrices[j]->data = device_host_of(matrices[j]->data);
     }
 }
 
 static void teardown(struct fixture *f)
 {
+    float *const mirrors[] = {f->parameters, f->gradients, f->first, f->second};
+    for (int i = 0; i < CHECK_COUNT(mirrors); ++i)
+        device_forget(mirrors[i]);
     plora_optimizer_destroy(f->optimizer);
     plora_adapters_destroy(f->adapters);
     plora_model_destroy(f->model);
@@ -370,7 +96,7 @@ static void train(struct fixture *f)
             for (int64_t e = 0; e < f->views[i].b.rows * f->views[i].b.columns; ++e)
                 ((float *)f->views[i].b_gradient.data)[e] = (float)check_uniform();
         }
-        CHECK_OK(plora_optimizer_step(f->optimizer, 1.0, NULL, NULL));
+        CHECK_OK(DEVICE(plora_optimizer_step(f->optimizer, 1.0, NULL, NULL)));
     }
 }
 
@@ -420,7 +146,7 @@ static void function_kept(double momentum)
     }
     plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
     options.momentum = momentum;
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL)));
     CHECK(plora_adapters_stage(f.adapters) == 1, "stage %lld after the first unload",
           (long long)plora_adapters_stage(f.adapters));
     for (int i = 0; i < LAYERS; ++i) {
@@ -454,7 +180,7 @@ static void test_full_unload_resets(void **state)
     memcpy(initial, f.parameters, (size_t)f.count * sizeof(float));
     train(&f);
     int64_t step = -1, nonzero = 0, same = 0, a_elements = 0;
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
     CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
     for (int64_t e = 0; e < f.count; ++e)
         nonzero += plora__float_bits(f.first[e]) != 0 || plora__float_bits(f.second[e]) != 0;
@@ -493,7 +219,7 @@ static void test_moments_kept(void **state)
         plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
         options.momentum = 0.5 + 0.4 * check_uniform();
         options.moments = check_integer(0, 1) ? PLORA_MOMENTS_KEEP : PLORA_MOMENTS_DEFAULT;
-        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL)));
         const float k = (float)sqrt(1 - options.momentum), k2 = (float)(1 - options.momentum);
         int64_t step = 0;
         CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
@@ -504,7 +230,7 @@ static void test_moments_kept(void **state)
             CHECK(f.second == NULL || f.second[e] == v[e] * k2, "second moment %lld", (long long)e);
         }
         options.moments = PLORA_MOMENTS_RESET; /* may also be asked for below 1 */
-        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL));
+        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL)));
         CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
         CHECK(step == 0 && plora_adapters_stage(f.adapters) == 2, "step %lld after RESET", (long long)step);
         for (int64_t e = 0; e < f.count; ++e)
@@ -531,7 +257,7 @@ static void refused(struct fixture *f, plora_optimizer *optimizer, const plora_u
     int64_t step_before = 0, step_after = 0;
     CHECK_OK(plora_optimizer_state(f->optimizer, NULL, NULL, NULL, &step_before));
     plora_unload_report report = PLORA_UNLOAD_REPORT_INIT, untouched = PLORA_UNLOAD_REPORT_INIT;
-    CHECK_FAILS(plora_unload(f->adapters, optimizer, options, &report, NULL), status, part);
+    CHECK_FAILS(DEVICE(plora_unload(f->adapters, optimizer, options, &report, NULL)), status, part);
     CHECK(memcmp(&report, &untouched, sizeof report) == 0, "the report was touched");
     for (int i = 0; i < LAYERS; ++i)
         check_matrix_unchanged(&f->weights[i], "W after a refused unload");
@@ -578,8 +304,8 @@ static void test_refusals(void **state)
     options.rounding = 1;
     refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "rounding 1");
     refused(&f, other.optimizer, NULL, PLORA_ERROR_INVALID_ARGUMENT, "other adapters");
-    CHECK_FAILS(plora_unload(NULL, NULL, NULL, NULL, NULL), PLORA_ERROR_INVALID_ARGUMENT, "adapters");
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)); /* the handles stayed usable */
+    CHECK_FAILS(DEVICE(plora_unload(NULL, NULL, NULL, NULL, NULL)), PLORA_ERROR_INVALID_ARGUMENT, "adapters");
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL))); /* the handles stayed usable */
     teardown(&other);
     teardown(&f);
 }
@@ -605,7 +331,7 @@ static void test_overflow(void **state)
         plora__store(w->data, at, w->dtype, 0.9375f * top);
         refused(&f, f.optimizer, NULL, PLORA_ERROR_NON_FINITE, "overflow");
         plora__store(w->data, at, w->dtype, NAN); /* not this call's doing, and no reason to refuse */
-        CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
         CHECK(isnan(plora__load(w->data, at, w->dtype)), "a NaN of W is gone");
         for (int64_t e = 0; e < w->rows * w->columns; ++e) {
             const int64_t place = e / w->columns * w->stride + e % w->columns;
@@ -643,7 +369,7 @@ static void test_report(void **state)
     report.layer_capacity = LAYERS - 1;
     plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
     options.momentum = momentum;
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, &report, NULL));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, &report, NULL)));
     CHECK(report.stage == 0 && report.weights == LAYERS, "stage %lld, weights %d", (long long)report.stage,
           report.weights);
     unsigned char poison[sizeof layers[0]];
@@ -686,9 +412,9 @@ static void test_report(void **state)
     CHECK_CLOSE(report.lost_max, lost_all, 1e-6 * sqrt(dd_all / all), "lost_max");
     CHECK_CLOSE(report.effective_rank, effective_all, 1e-4, "effective_rank");
 
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
     report = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, &report, NULL)); /* B = 0: nothing to merge */
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, &report, NULL))); /* B = 0: nothing to merge */
     CHECK(report.stage == 2 && report.captured == 1 && report.update_rms == 0 && report.effective_rank == 0 &&
               report.lost_max == 0,
           "captured %g, update_rms %g, effective_rank %g of an empty update", report.captured, report.update_rms,
@@ -715,10 +441,11 @@ static void test_many_unloads(void **state)
         plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
         plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
         options.momentum = unload % 3 == 0 ? 0.3 : 1.0;
-        CHECK_OK(plora_unload(f.adapters, f.optimizer, &options, unload % 2 ? &report : NULL, NULL));
+        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, unload % 2 ? &report : NULL, NULL)));
         CHECK_OK(plora_memory_stats(f.context, &now));
         CHECK(now.current_bytes == start.current_bytes && now.peak_bytes == start.peak_bytes &&
-                  now.allocations == start.allocations,
+                  now.allocations == start.allocations && now.device_peak_bytes == start.device_peak_bytes &&
+                  now.device_allocations == start.device_allocations,
               "unload %d: %zu bytes, peak %zu, %lld allocations; at the start %zu, %zu, %lld", unload,
               now.current_bytes, now.peak_bytes, (long long)now.allocations, start.current_bytes, start.peak_bytes,
               (long long)start.allocations);
@@ -735,13 +462,14 @@ static void test_gradients_after_unload(void **state)
     struct fixture f;
     setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
     train(&f);
-    CHECK_OK(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
     for (int i = 0; i < LAYERS; ++i) {
         const int64_t n = f.views[i].b.rows, k = f.views[i].a.columns;
         struct check_matrix x = check_matrix_new(3, k, k, PLORA_F32), dy = check_matrix_new(3, n, n, PLORA_F32);
         check_matrix_random(&x, 1);
         check_matrix_random(&dy, 1);
-        CHECK_OK(plora_linear_backward(f.adapters, i, &x.m, &dy.m, NULL, 0, NULL));
+        const plora_matrix there[2] = {device_matrix(x.m), device_matrix(dy.m)};
+        CHECK_OK(DEVICE(plora_linear_backward(f.adapters, i, &there[0], &there[1], NULL, 0, NULL)));
         int64_t zeros = 0;
         for (int64_t e = 0; e < n * f.views[i].b.columns; ++e)
             zeros += ((float *)f.views[i].b_gradient.data)[e] == 0;
@@ -750,7 +478,7 @@ static void test_gradients_after_unload(void **state)
         check_matrix_free(&dy);
     }
     plora_step_report report = PLORA_STEP_REPORT_INIT;
-    CHECK_OK(plora_optimizer_step(f.optimizer, 1.0, &report, NULL));
+    CHECK_OK(DEVICE(plora_optimizer_step(f.optimizer, 1.0, &report, NULL)));
     CHECK(report.gradient_norm > 0 && report.step == 1, "norm %g, step %lld", report.gradient_norm,
           (long long)report.step);
     teardown(&f);
@@ -767,7 +495,7 @@ static void test_threads(void **state)
         setup(&f[t], PLORA_OPTIMIZER_ADAMW, t + 1);
         train(&f[t]);
         report[t] = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
-        CHECK_OK(plora_unload(f[t].adapters, f[t].optimizer, NULL, &report[t], NULL));
+        CHECK_OK(DEVICE(plora_unload(f[t].adapters, f[t].optimizer, NULL, &report[t], NULL)));
         CHECK(memcmp(&report[t], &report[0], sizeof report[0]) == 0, "the report differs with %d threads", t + 1);
         CHECK(memcmp(f[t].parameters, f[0].parameters, (size_t)f[0].count * sizeof(float)) == 0,
               "parameters, %d threads", t + 1);
@@ -785,8 +513,6 @@ int main(void)
 {
     check_begin("test_unload");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_merge_kernels),    cmocka_unit_test(test_merge_random_shapes),
-        cmocka_unit_test(test_merge_rounding),   cmocka_unit_test(test_magnitudes),
         cmocka_unit_test(test_function_is_kept), cmocka_unit_test(test_full_unload_resets),
         cmocka_unit_test(test_moments_kept),     cmocka_unit_test(test_refusals),
         cmocka_unit_test(test_overflow),         cmocka_unit_test(test_report),

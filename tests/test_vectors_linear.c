@@ -84,8 +84,8 @@ static void peft_layers(void **state)
                              *low = fixture_sums(c->tokens * c->out_features);
         reference_linear_forward(&f->linear, base, low);
         struct fixture_gradients g = fixture_reference_backward(f);
-        CHECK_OK(plora_linear_forward(f->adapters, f->layer, &f->x.m, &f->y.m, 0, NULL));
-        CHECK_OK(plora_linear_backward(f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0, NULL));
+        CHECK_OK(fixture_forward(f, f->adapters, f->layer, &f->x.m, &f->y.m, 0));
+        CHECK_OK(fixture_backward(f, f->adapters, f->layer, &f->x.m, &f->dy.m, &f->dx.m, 0));
         compare_outputs(&f->y.m, c, c->in_features, base, low, v->y, "y", v->name);
         compare_outputs(&f->dx.m, c, c->out_features, g.base, g.low, v->dx, "dx", v->name);
         compare_gradient(&f->adapter.a_gradient, c, c->out_features, g.da, v->da, "dA", v->name);

@@ -5,7 +5,7 @@
 #include "convert_kernels.h"
 
 #include "dtype.h"
-#include "vector.h"
+#include "philox_lanes.h"
 
 enum { BLOCK = 4 * CPU_DRAWS };
 
@@ -35,13 +35,11 @@ static void scale(float *restrict values, uint16_t *restrict rounded, float fact
     if (rounded != NULL) narrow(rounded, values, count);
 }
 
-/* The ten rounds of philox.h on several counters side by side, one in each 64-bit lane: its lower half counts, the upper one
- * holds what the products leave there, which the next product does not look at. */
 static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, uint64_t step, int32_t layer,
                  uint64_t first)
 {
-    enum { LANES = CPU_LANES / 2 };
-    const cpu_vul m0 = (cpu_vul){0} + PLORA__PHILOX_M0, m1 = (cpu_vul){0} + PLORA__PHILOX_M1;
+    enum { LANES = CPU_PHILOX_LANES };
+    const struct cpu_philox_keys keys = cpu_philox_keys(seed);
     for (int begin = 0; begin < CPU_DRAWS; begin += LANES, words += 4 * LANES) {
         const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)begin);
         cpu_vul c[4];
@@ -52,16 +50,7 @@ static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, ui
             c[0][j] = (uint32_t)block;
             c[1][j] = block >> 32;
         }
-        uint32_t key0 = (uint32_t)seed, key1 = (uint32_t)(seed >> 32);
-        for (int round = 0; round < 10; ++round) {
-            const cpu_vul product0 = cpu_multiply_low(c[0], m0), product1 = cpu_multiply_low(c[2], m1);
-            c[0] = (product1 >> 32) ^ c[1] ^ ((cpu_vul){0} + key0);
-            c[1] = product1;
-            c[2] = (product0 >> 32) ^ c[3] ^ ((cpu_vul){0} + key1);
-            c[3] = product0;
-            key0 += PLORA__PHILOX_W0;
-            key1 += PLORA__PHILOX_W1;
-        }
+        cpu_philox(c, &keys);
         const cpu_vul halves[2] = {(c[0] & UINT32_MAX) | c[1] << 32, (c[2] & UINT32_MAX) | c[3] << 32};
         for (int j = 0; j < LANES; ++j)
             for (int i = 0; i < 2; ++i) {

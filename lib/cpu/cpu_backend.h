@@ -39,4 +39,9 @@ plora_status cpu_merge(void *device, const struct plora__merge_args *args, void 
 /* The same without sums or dry run, for the output of a product: each thread takes neighbouring rows, which it wrote. */
 void cpu_merge_rows(int threads, const struct plora__merge_args *args);
 
+size_t cpu_batch_workspace(void *device, const struct plora__batch_args *args);
+plora_status cpu_batch_forward(void *device, const struct plora__batch_args *args, void *stream);
+
+plora_status cpu_dequantise(void *device, const struct plora__dequantise_args *args, void *stream);
+
 #endif

@@ -127,6 +127,7 @@ static void combine(const struct partial *partials, int64_t blocks, struct plora
         total.dd += part->dd;
         total.gd += part->gd;
         total.ww += part->ww;
+        total.ll += part->ll;
         total.changed += part->changed;
         if (part->lost_max > total.lost_max) total.lost_max = part->lost_max;
     }
@@ -161,19 +162,24 @@ static void merge_block(const struct cpu_merge_kernels *kernels, const struct pl
         kernels->pack_tile(args->left + (first + row) * args->left_row_stride, args->left_row_stride,
                            args->left_rank_stride, rank, at_most(height, count - row), left + row * depth);
     partial->overflows = 0;
-    const struct cpu_merge_block block = {
+    struct cpu_merge_block block = {
         .weight = (char *)weight->data + (size_t)(first * weight->stride) * plora__dtype_size(weight->dtype),
         .stride = weight->stride,
         .rows = count,
         .columns = weight->columns,
         .rank = rank,
         .dtype = weight->dtype,
+        .rounding = weight->dtype == PLORA_F32 ? PLORA_ROUND_NEAREST : args->rounding,
+        .residual = args->residual == NULL ? NULL : args->residual + first * args->residual_stride,
+        .residual_stride = args->residual_stride,
+        .draw = args->draw,
         .factor = args->factor,
         .left = left,
         .right = (const float *)base,
         .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
         .overflows = dry ? &partial->overflows : NULL,
     };
+    block.draw.first_element += first * args->draw.row_elements;
     kernels->block(&block);
 }
 

@@ -2,7 +2,8 @@
  *
  *     sum[i,j] = sum_r left[i,r] right[r,j]      fp32 accumulators in registers, TILE_ROWS x TILE_VECTORS of them
  *                                                (AMX: in matrix tiles, merge_tiles.h)
- *     W[i,j]   = round(W[i,j] + factor sum[i,j]) one fma (portable level: product and sum) and one rounding to nearest even
+ *     W[i,j]   = round(W[i,j] + factor sum[i,j]) one fma (portable level: product and sum) and one rounding, to nearest even or by
+ *                                                merge_rounding.h
  *
  * W is read and written once; rows of tiles walk along the columns, and the next tile's lines are prefetched while this one
  * computes. A tile over the edge works on a copy padded with zeros, so that every element goes through the same operations.
@@ -33,7 +34,7 @@ typedef int32_t __attribute__((may_alias)) aliased_int32;
 
 /* The report of plora__merge_sums, by lanes. */
 struct lane_sums {
-    cpu_vd dd, gd, ww, lost_max;
+    cpu_vd dd, gd, ww, ll, lost_max;
     cpu_vi changed;
 };
 
@@ -133,51 +134,85 @@ CPU_INLINE void add_sums(struct lane_sums *sums, cpu_vf before, cpu_vf after, cp
         sums->dd = cpu_fma_double(d, d, sums->dd);
         sums->gd = cpu_fma_double(g, d, sums->gd);
         sums->ww = cpu_fma_double(w, w, sums->ww);
+        sums->ll = cpu_fma_double(d - g, d - g, sums->ll);
         sums->lost_max = cpu_max_magnitude_double(sums->lost_max, d - g);
     }
     sums->changed -= (cpu_vi)before != (cpu_vi)after;
 }
 
-/* One row of a tile. dtype and sums != NULL are constants at every call. */
-CPU_INLINE void add_row(char *weight, const cpu_vf sum[TILE_VECTORS], float factor, int32_t dtype,
-                        struct lane_sums *sums)
+#include "merge_rounding.h"
+
+/* Rows of a tile in memory, strides in bytes. */
+struct place {
+    char *weight, *low; /* low halves, with PLORA_ROUND_RESIDUAL */
+    int64_t stride, low_stride;
+    int64_t element; /* the number of the first, with PLORA_ROUND_STOCHASTIC */
+};
+
+/* What is done to all elements of a block. dtype and rounding are constants at every call, as is whether there are sums. */
+struct work {
+    int32_t dtype, rounding;
+    float factor;
+    const struct drawing *drawing; /* with PLORA_ROUND_STOCHASTIC */
+    struct lane_sums *sums;        /* NULL = no report */
+};
+
+CPU_INLINE struct pair load_value(const char *weight, const uint16_t *low, const struct work *work)
 {
-    const cpu_vf factors = cpu_broadcast(factor);
-#pragma GCC unroll 8
-    for (int j = 0; j < TILE_VECTORS; j += 2, weight += PAIR_BYTES(dtype)) {
-        const struct pair before = load_pair(weight, dtype);
-        const struct pair after = {cpu_fma(factors, sum[j], before.first), cpu_fma(factors, sum[j + 1], before.second)};
-        store_pair(weight, after, dtype);
-        if (sums != NULL) {
-            const struct pair stored = load_pair(weight, dtype);
-            const cpu_vd wide_factor = cpu_widen(factors, 0);
-            add_sums(sums, before.first, stored.first, sum[j], wide_factor);
-            add_sums(sums, before.second, stored.second, sum[j + 1], wide_factor);
-        }
-    }
+    return work->rounding == PLORA_ROUND_RESIDUAL ? load_joined(weight, low, work->dtype)
+                                                  : load_pair(weight, work->dtype);
 }
 
-/* One tile at `weight`, rows `stride` bytes apart. */
-CPU_INLINE void add_tile(char *weight, int64_t stride, cpu_vf sum[TILE_ROWS][TILE_VECTORS], float factor, int32_t dtype,
-                         struct lane_sums *sums)
+CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random, struct pair value,
+                            const struct work *work)
 {
-    atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
+    if (work->rounding == PLORA_ROUND_RESIDUAL)
+        store_split(weight, low, value, work->dtype);
+    else if (work->rounding == PLORA_ROUND_STOCHASTIC)
+        store_random(weight, value, random, work->dtype);
+    else
+        store_pair(weight, value, work->dtype);
+}
+
+/* One row of a tile, with its random numbers. */
+CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random,
+                        const cpu_vf sum[TILE_VECTORS], const struct work *work)
+{
+    const cpu_vf factors = cpu_broadcast(work->factor);
+    char *weight = place->weight + row * place->stride;
+    uint16_t *low = (uint16_t *)(place->low + row * place->low_stride);
 #pragma GCC unroll 8
-    for (int i = 0; i < TILE_ROWS; ++i)
-        add_row(weight + i * stride, sum[i], factor, dtype, sums);
+    for (int j = 0; j < TILE_VECTORS; j += 2) {
+        const struct pair before = load_value(weight, low, work);
+        const struct pair after = {cpu_fma(factors, sum[j], before.first), cpu_fma(factors, sum[j + 1], before.second)};
+        store_value(weight, low, random, after, work);
+        if (work->sums != NULL) {
+            const struct pair stored = load_value(weight, low, work);
+            const cpu_vd wide_factor = cpu_widen(factors, 0);
+            add_sums(work->sums, before.first, stored.first, sum[j], wide_factor);
+            add_sums(work->sums, before.second, stored.second, sum[j + 1], wide_factor);
+        }
+        weight += PAIR_BYTES(work->dtype);
+        if (work->rounding == PLORA_ROUND_RESIDUAL) low += 2 * CPU_LANES;
+        if (work->rounding == PLORA_ROUND_STOCHASTIC) random += 2 * CPU_LANES;
+    }
 }
 
 /* The next tile, whose lines are fetched row by row while this one is computed: all at once would use up the fill buffers. */
 struct ahead {
-    uintptr_t row; /* may lie past the weight, where a prefetch does no harm */
-    int64_t stride, row_bytes, done;
+    uintptr_t row, low_row; /* may lie past the weight, where a prefetch does no harm; low_row 0 = none */
+    int64_t stride, row_bytes, low_stride, done;
 };
 
 CPU_INLINE void fetch_row(struct ahead *next)
 {
-    for (int64_t line = 0; line < next->row_bytes; line += CACHE_LINE)
+    for (int64_t line = 0; line < next->row_bytes; line += CACHE_LINE) {
         __builtin_prefetch((const char *)(next->row + (uintptr_t)line), FETCH_TO_WRITE, FETCH_LEVEL);
+        if (next->low_row != 0) /* the weight has 16 bits too: as many bytes */
+            __builtin_prefetch((const char *)(next->low_row + (uintptr_t)line), FETCH_TO_WRITE, FETCH_LEVEL);
+    }
     next->row += (uintptr_t)next->stride;
+    if (next->low_row != 0) next->low_row += (uintptr_t)next->low_stride;
     ++next->done;
 }
 
@@ -193,9 +228,11 @@ struct lag {
     char unused; /* the sum of a tile is added at once */
 };
 
-CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const float *left, const float *right,
-                           int64_t rank, float factor, int32_t dtype, struct lane_sums *sums, struct ahead next)
+CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const float *left, const float *right,
+                           int64_t rank, const struct work *work, struct ahead next)
 {
+    struct random random;
+    if (work->rounding == PLORA_ROUND_STOCHASTIC) draw_rows(work->drawing, place->element, &random);
     cpu_vf sum[TILE_ROWS][TILE_VECTORS];
     const int64_t phase = (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL; /* of the sum over r */
     (void)lag;
@@ -223,12 +260,20 @@ CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const 
             }
         }
     }
-    add_tile(weight, stride, sum, factor, dtype, sums);
+    atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
+#pragma GCC unroll 8
+    for (int i = 0; i < TILE_ROWS; ++i) {
+        const uint16_t *numbers =
+            work->rounding == PLORA_ROUND_STOCHASTIC
+                ? random_row(&random, i, place->element + i * work->drawing->row_elements)
+                : NULL;
+        add_row(place, i, numbers, sum[i], work);
+    }
 }
 
-CPU_INLINE void finish_tile(struct lag *lag, float factor, int32_t dtype, struct lane_sums *sums)
+CPU_INLINE void finish_tile(struct lag *lag, const struct work *work)
 {
-    (void)lag, (void)factor, (void)dtype, (void)sums;
+    (void)lag, (void)work;
 }
 
 static void open_tiles(void)
@@ -256,77 +301,118 @@ static int64_t count_overflows(const char *before, const char *after, int64_t el
     return count;
 }
 
-CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, struct lane_sums *sums)
+/* A tile over the edge, or of a trial: on copies. */
+CPU_INLINE void merge_copy(const struct cpu_merge_block *block, struct lag *lag, const struct place *place,
+                           const float *left, const float *right, int64_t rows, int64_t columns,
+                           const struct work *work, struct ahead next)
+{
+    enum { ELEMENTS = TILE_ROWS * TILE_COLUMNS };
+    const int64_t size = (int64_t)plora__dtype_size(work->dtype), stride = TILE_COLUMNS * size;
+    const int64_t low_stride = TILE_COLUMNS * (int64_t)sizeof(uint16_t);
+    const size_t row_bytes = (size_t)(columns * size), low_bytes = (size_t)columns * sizeof(uint16_t);
+    const int residual = work->rounding == PLORA_ROUND_RESIDUAL;
+    _Alignas(CACHE_LINE) char weight[ELEMENTS * sizeof(float)], before[ELEMENTS * sizeof(float)],
+        low[ELEMENTS * sizeof(uint16_t)];
+    memset(weight, 0, sizeof weight);
+    copy_tile(weight, stride, place->weight, place->stride, rows, row_bytes);
+    if (residual) {
+        memset(low, 0, sizeof low);
+        copy_tile(low, low_stride, place->low, place->low_stride, rows, low_bytes);
+    }
+    if (block->overflows != NULL) memcpy(before, weight, sizeof weight);
+    const struct place copy = {weight, low, stride, low_stride, place->element};
+    merge_tile(lag, &copy, left, right, block->rank, work, next);
+    finish_tile(lag, work);
+    if (block->overflows != NULL) {
+        *block->overflows += count_overflows(before, weight, ELEMENTS, work->dtype);
+        return;
+    }
+    copy_tile(place->weight, place->stride, weight, stride, rows, row_bytes);
+    if (residual) copy_tile(place->low, place->low_stride, low, low_stride, rows, low_bytes);
+}
+
+CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, int32_t rounding,
+                            struct lane_sums *sums)
 {
     const int64_t size = (int64_t)plora__dtype_size(dtype), stride = block->stride * size,
                   tile_stride = TILE_COLUMNS * size, deep = depth(block->rank);
+    const int64_t low_stride = block->residual_stride * (int64_t)sizeof(uint16_t);
+    struct drawing drawing;
+    if (rounding == PLORA_ROUND_STOCHASTIC) open_drawing(&drawing, &block->draw);
+    const struct work work = {dtype, rounding, block->factor, &drawing, sums};
     struct lag lag = {0};
     for (int64_t column = 0; column < block->columns; column += TILE_COLUMNS) {
         const float *right = block->right + column * deep;
         for (int64_t row = 0; row < block->rows; row += TILE_ROWS) {
             const float *left = block->left + row * deep;
-            char *weight = (char *)block->weight + row * stride + column * size;
-            const struct ahead next = {(uintptr_t)weight + (uintptr_t)tile_stride, stride, tile_stride, 0};
+            const struct place place = {
+                .weight = (char *)block->weight + row * stride + column * size,
+                .low = (char *)block->residual + row * low_stride + column * (int64_t)sizeof(uint16_t),
+                .stride = stride,
+                .low_stride = low_stride,
+                .element = block->draw.first_element + row * block->draw.row_elements + column,
+            };
+            const struct ahead next = {.row = (uintptr_t)place.weight + (uintptr_t)tile_stride,
+                                       .low_row = rounding == PLORA_ROUND_RESIDUAL
+                                                      ? (uintptr_t)place.low + (uintptr_t)tile_stride
+                                                      : 0,
+                                       .stride = stride,
+                                       .row_bytes = tile_stride,
+                                       .low_stride = low_stride};
             const int64_t rows = block->rows - row, columns = block->columns - column;
-            if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL) {
-                merge_tile(&lag, weight, stride, left, right, block->rank, block->factor, dtype, sums, next);
-                continue;
-            }
-            _Alignas(CACHE_LINE) char tile[2][TILE_ROWS * TILE_COLUMNS * sizeof(float)];
-            memset(tile[0], 0, sizeof tile[0]);
-            const int64_t valid_rows = rows < TILE_ROWS ? rows : TILE_ROWS;
-            const size_t row_bytes = (size_t)((columns < TILE_COLUMNS ? columns : TILE_COLUMNS) * size);
-            copy_tile(tile[0], tile_stride, weight, stride, valid_rows, row_bytes);
-            if (block->overflows != NULL) memcpy(tile[1], tile[0], sizeof tile[1]);
-            merge_tile(&lag, tile[0], tile_stride, left, right, block->rank, block->factor, dtype, sums, next);
-            finish_tile(&lag, block->factor, dtype, sums);
-            if (block->overflows != NULL)
-                *block->overflows += count_overflows(tile[1], tile[0], TILE_ROWS * TILE_COLUMNS, dtype);
+            if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL)
+                merge_tile(&lag, &place, left, right, block->rank, &work, next);
             else
-                copy_tile(weight, stride, tile[0], tile_stride, valid_rows, row_bytes);
+                merge_copy(block, &lag, &place, left, right, rows < TILE_ROWS ? rows : TILE_ROWS,
+                           columns < TILE_COLUMNS ? columns : TILE_COLUMNS, &work, next);
         }
     }
-    finish_tile(&lag, block->factor, dtype, sums);
+    finish_tile(&lag, &work);
 }
 
-#define DEFINE_BLOCK(name, dtype)                                                                                      \
+#define DEFINE_BLOCK(name, dtype, rounding)                                                                            \
     static void merge_##name(const struct cpu_merge_block *block)                                                      \
     {                                                                                                                  \
-        merge_block(block, dtype, NULL);                                                                               \
+        merge_block(block, dtype, rounding, NULL);                                                                     \
     }                                                                                                                  \
     static void merge_sums_##name(const struct cpu_merge_block *block, struct lane_sums *sums)                         \
     {                                                                                                                  \
-        merge_block(block, dtype, sums);                                                                               \
+        merge_block(block, dtype, rounding, sums);                                                                     \
     }
 
-DEFINE_BLOCK(f32, PLORA_F32)
-DEFINE_BLOCK(bf16, PLORA_BF16)
-DEFINE_BLOCK(f16, PLORA_F16)
+DEFINE_BLOCK(f32, PLORA_F32, PLORA_ROUND_NEAREST)
+DEFINE_BLOCK(bf16, PLORA_BF16, PLORA_ROUND_NEAREST)
+DEFINE_BLOCK(f16, PLORA_F16, PLORA_ROUND_NEAREST)
+DEFINE_BLOCK(bf16_random, PLORA_BF16, PLORA_ROUND_STOCHASTIC)
+DEFINE_BLOCK(f16_random, PLORA_F16, PLORA_ROUND_STOCHASTIC)
+DEFINE_BLOCK(bf16_residual, PLORA_BF16, PLORA_ROUND_RESIDUAL)
+DEFINE_BLOCK(f16_residual, PLORA_F16, PLORA_ROUND_RESIDUAL)
 
 static void merge_plain(const struct cpu_merge_block *block)
 {
-    if (block->dtype == PLORA_F32)
-        merge_f32(block);
-    else if (block->dtype == PLORA_BF16)
-        merge_bf16(block);
-    else
-        merge_f16(block);
+    static void (*const merges[3][3])(const struct cpu_merge_block *) = {
+        {merge_f32, merge_bf16, merge_f16},
+        {merge_f32, merge_bf16_random, merge_f16_random},
+        {merge_f32, merge_bf16_residual, merge_f16_residual},
+    };
+    merges[block->rounding][block->dtype](block);
 }
 
 static void merge_with_sums(const struct cpu_merge_block *block)
 {
+    static void (*const merges[3][3])(const struct cpu_merge_block *, struct lane_sums *) = {
+        {merge_sums_f32, merge_sums_bf16, merge_sums_f16},
+        {merge_sums_f32, merge_sums_bf16_random, merge_sums_f16_random},
+        {merge_sums_f32, merge_sums_bf16_residual, merge_sums_f16_residual},
+    };
     struct lane_sums lanes;
     memset(&lanes, 0, sizeof lanes);
-    if (block->dtype == PLORA_F32)
-        merge_sums_f32(block, &lanes);
-    else if (block->dtype == PLORA_BF16)
-        merge_sums_bf16(block, &lanes);
-    else
-        merge_sums_f16(block, &lanes);
+    merges[block->rounding][block->dtype](block, &lanes);
     struct plora__merge_sums *sums = block->sums;
     sums->dd = cpu_sum_double(lanes.dd);
     sums->gd = cpu_sum_double(lanes.gd);
     sums->ww = cpu_sum_double(lanes.ww);
+    sums->ll = cpu_sum_double(lanes.ll);
     sums->changed = 0;
     for (int i = 0; i < CPU_LANES; ++i)
         sums->changed += lanes.changed[i];

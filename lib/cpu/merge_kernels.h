@@ -16,6 +16,10 @@ struct cpu_merge_block {
     void *weight; /* the first of the rows */
     int64_t stride, rows, columns, rank;
     int32_t dtype;
+    int32_t rounding;
+    uint16_t *residual; /* of the first of the rows; with PLORA_ROUND_RESIDUAL */
+    int64_t residual_stride;
+    struct plora__merge_draw draw; /* from the first of the rows on; with PLORA_ROUND_STOCHASTIC */
     float factor;
     const float *left;              /* packed, from this row on */
     const float *right;             /* packed */

@@ -109,27 +109,39 @@ static void pack_panel(const float *source, int64_t stride, int64_t rank_stride,
 
 /* Sums leave the tiles through memory, so that of one tile is added to W while the next is computed. */
 struct lag {
-    char *weight; /* NULL = nothing is left to add */
-    int64_t stride;
-    int half; /* of `sum`, for the next tile */
+    struct place place; /* weight NULL = nothing is left to add */
+    int half;           /* of `sum`, for the next tile */
     _Alignas(CACHE_LINE) cpu_vf sum[2][TILE_ROWS][TILE_VECTORS];
 };
 
+CPU_INLINE void add_lagging_row(struct lag *lag, int64_t row, const struct work *work)
+{
+    const cpu_vf *sum = lag->sum[!lag->half][row];
+    if (work->rounding == PLORA_ROUND_STOCHASTIC) {
+        const int64_t element = lag->place.element + row * work->drawing->row_elements;
+        struct random random;
+        draw_rows(work->drawing, element, &random);
+        add_row(&lag->place, row, random_row(&random, 0, element), sum, work);
+    } else {
+        add_row(&lag->place, row, NULL, sum, work);
+    }
+}
+
 /* Does a share of the last tile's rows, and fetches as many of the next one's. */
-CPU_INLINE void work_meanwhile(struct lag *lag, struct ahead *next, int64_t step, int64_t steps, float factor,
-                               int32_t dtype, struct lane_sums *sums)
+CPU_INLINE void work_meanwhile(struct lag *lag, struct ahead *next, int64_t step, int64_t steps,
+                               const struct work *work)
 {
     while (next->done * steps < step * TILE_ROWS) {
-        if (lag->weight != NULL)
-            add_row(lag->weight + next->done * lag->stride, lag->sum[!lag->half][next->done], factor, dtype, sums);
+        if (lag->place.weight != NULL) add_lagging_row(lag, next->done, work);
         fetch_row(next);
     }
 }
 
-CPU_INLINE void finish_tile(struct lag *lag, float factor, int32_t dtype, struct lane_sums *sums)
+CPU_INLINE void finish_tile(struct lag *lag, const struct work *work)
 {
-    if (lag->weight != NULL) add_tile(lag->weight, lag->stride, lag->sum[!lag->half], factor, dtype, sums);
-    lag->weight = NULL;
+    for (int row = 0; lag->place.weight != NULL && row < TILE_ROWS; ++row)
+        add_lagging_row(lag, row, work);
+    lag->place.weight = NULL;
 }
 
 /* All terms but h h, of tiles 4, 5, 6 (h, m, l of `left`) and the three at `right`. */
@@ -143,8 +155,8 @@ CPU_INLINE void finish_tile(struct lag *lag, float factor, int32_t dtype, struct
     _tile_dpbf16ps(sum, 5, 7);                                                                                         \
     _tile_dpbf16ps(sum, 4, 7)
 
-CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const float *left, const float *right,
-                           int64_t rank, float factor, int32_t dtype, struct lane_sums *sums, struct ahead next)
+CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const float *left, const float *right,
+                           int64_t rank, const struct work *work, struct ahead next)
 {
     const int64_t count = chunks(rank), steps = TILE_VECTORS * count, parts = PARTS * TILE;
     cpu_vf(*sum)[TILE_VECTORS] = lag->sum[lag->half];
@@ -157,13 +169,13 @@ CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const 
         _tile_loadd(4, a + HIGH * TILE, 64);
         _tile_loadd(5, a + MIDDLE * TILE, 64);
         _tile_loadd(6, a + LOW * TILE, 64);
-        work_meanwhile(lag, &next, TILE_VECTORS * i + 1, steps, factor, dtype, sums);
+        work_meanwhile(lag, &next, TILE_VECTORS * i + 1, steps, work);
         ADD_SMALL_TERMS(0, b);
-        work_meanwhile(lag, &next, TILE_VECTORS * i + 2, steps, factor, dtype, sums);
+        work_meanwhile(lag, &next, TILE_VECTORS * i + 2, steps, work);
         ADD_SMALL_TERMS(1, b + parts);
-        work_meanwhile(lag, &next, TILE_VECTORS * i + 3, steps, factor, dtype, sums);
+        work_meanwhile(lag, &next, TILE_VECTORS * i + 3, steps, work);
         ADD_SMALL_TERMS(2, b + 2 * parts);
-        work_meanwhile(lag, &next, TILE_VECTORS * i + 4, steps, factor, dtype, sums);
+        work_meanwhile(lag, &next, TILE_VECTORS * i + 4, steps, work);
         ADD_SMALL_TERMS(3, b + 3 * parts);
     }
     for (int64_t i = 0; i < count; ++i) {
@@ -182,8 +194,7 @@ CPU_INLINE void merge_tile(struct lag *lag, char *weight, int64_t stride, const 
     _tile_stored(1, &sum[0][1], sizeof sum[0]);
     _tile_stored(2, &sum[0][2], sizeof sum[0]);
     _tile_stored(3, &sum[0][3], sizeof sum[0]);
-    lag->weight = weight;
-    lag->stride = stride;
+    lag->place = *place;
     lag->half = !lag->half;
 }
 

@@ -1,10 +1,11 @@
 /* bench_kernels.c: how near the unload and the optimizer come to what the machine allows. One JSON object a line.
  *
- *     unload      limit = max(time of scaling W's bytes once in place, 2 R N K FLOP at the fp32 multiply-add peak)
+ *     unload      limit = max(time of scaling the bytes of W, and of its residual, once in place, 2 R N K FLOP at the fp32
+ *                 multiply-add peak)
  *     optimizer   limit = 28 bytes an element at the in-place rate
  *
  * Every figure is the least of alternating runs of the work and its limit, so that both see the same disturbances.
- * usage: bench_kernels [repeats]      OMP_NUM_THREADS sets the threads. */
+ * usage: bench_kernels [repeats [level of the merge]]      OMP_NUM_THREADS sets the threads. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <time.h>
@@ -19,7 +20,7 @@
 #include <immintrin.h>
 #endif
 
-static int threads, repeats = 9;
+static int threads, repeats = 9, level;
 
 static double now(void)
 {
@@ -110,15 +111,19 @@ static double measure_peak(void)
     return 2.0 * lanes * CHAINS * PEAK_ROUNDS * threads / best;
 }
 
-static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dtype, double peak)
+static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dtype, int32_t rounding, double peak)
 {
-    const struct cpu_merge_kernels *kernels = cpu_merge_kernels(cpu_isa());
+    static const char *const names[] = {"nearest", "stochastic", "residual"};
+    const struct cpu_merge_kernels *kernels = cpu_merge_kernels(level);
     const struct cpu_optimizer_kernels *scaling = cpu_optimizer_kernels(cpu_isa());
     const size_t bytes = (size_t)(rows * columns) * plora__dtype_size(dtype);
     float *left = allocate((size_t)(rows * rank) * sizeof(float)),
           *right = allocate((size_t)(rank * columns) * sizeof(float));
     void *weight = allocate(bytes);
+    const int64_t pad = getenv("PAD") ? atoi(getenv("PAD")) : 0;
+    uint16_t *residual = rounding == PLORA_ROUND_RESIDUAL ? allocate(bytes + 2 * rows * pad) : NULL;
     memset(weight, 0, bytes);
+    if (residual != NULL) memset(residual, 0, bytes);
     for (int64_t i = 0; i < rows * rank; ++i)
         left[i] = 1e-3f * (float)(i % 17 - 8);
     for (int64_t i = 0; i < rank * columns; ++i)
@@ -127,6 +132,10 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
         .weight = {weight, rows, columns, columns, dtype, 0},
         .rank = rank,
         .factor = 0.5f,
+        .rounding = rounding,
+        .residual = residual,
+        .residual_stride = columns + pad,
+        .draw = {.seed = 1, .row_elements = columns},
         .left = left,
         .left_row_stride = rank,
         .left_rank_stride = 1,
@@ -140,6 +149,8 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
     for (int repeat = 0; repeat < repeats; ++repeat) {
         double start = now();
         cpu_scale_with(scaling, threads, weight, (int64_t)(bytes / sizeof(float)), 1.0f);
+        if (residual != NULL)
+            cpu_scale_with(scaling, threads, (float *)residual, (int64_t)(bytes / sizeof(float)), 1.0f);
         least(&scale, now() - start);
         args.sums = NULL;
         start = now();
@@ -154,13 +165,14 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
     const double compute = 2.0 * (double)rank * (double)rows * (double)columns / peak,
                  limit = scale > compute ? scale : compute;
     printf(
-        "{\"bench\": \"unload\", \"dtype\": \"%s\", \"rows\": %lld, \"columns\": %lld, \"rank\": %lld, \"ms\": %.3f, "
+        "{\"bench\": \"unload\", \"dtype\": \"%s\", \"rounding\": \"%s\", \"rows\": %lld, \"columns\": %lld, \"rank\": %lld, \"ms\": %.3f, "
         "\"report_ms\": %.3f, \"scale_ms\": %.3f, \"compute_ms\": %.3f, \"share_of_limit\": %.3f}\n",
-        plora__dtype_name(dtype), (long long)rows, (long long)columns, (long long)rank, 1e3 * merge, 1e3 * report,
+        plora__dtype_name(dtype), names[rounding], (long long)rows, (long long)columns, (long long)rank, 1e3 * merge, 1e3 * report,
         1e3 * scale, 1e3 * compute, limit / merge);
     fflush(stdout);
     free(args.workspace);
     free(weight);
+    free(residual);
     free(left);
     free(right);
 }
@@ -221,6 +233,7 @@ static void bench_optimizer(int64_t count)
 int main(int argc, char **argv)
 {
     if (argc > 1) repeats = atoi(argv[1]);
+    level = argc > 2 && atoi(argv[2]) < cpu_isa() ? atoi(argv[2]) : cpu_isa();
     threads = cpu_default_threads();
     const double peak = measure_peak();
     printf("{\"bench\": \"machine\", \"level\": %d, \"threads\": %d, \"fp32_GFLOPs\": %.1f}\n", cpu_isa(), threads,
@@ -229,7 +242,9 @@ int main(int argc, char **argv)
     for (int s = 0; s < 2; ++s)
         for (int r = 0; r < 3; ++r)
             for (int32_t dtype = PLORA_F32; dtype <= PLORA_BF16; ++dtype)
-                bench_unload(rows[s], 4096, ranks[r], dtype, peak);
+                for (int32_t rounding = PLORA_ROUND_NEAREST; rounding <= (dtype == PLORA_F32 ? 0 : PLORA_ROUND_RESIDUAL);
+                     ++rounding)
+                    bench_unload(rows[s], 4096, ranks[r], dtype, rounding, peak);
     bench_optimizer(5000000);
     return 0;
 }

@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 
-SHARED = {"backend.h", "dtype.h", "normal.h", "philox.h", "status.h", "plora.h"}  # what a backend may see of lib/
+SHARED = {"backend.h", "dtype.h", "host_device.h", "nf4.h", "normal.h", "philox.h", "rounding.h", "status.h", "plora.h"}  # what a backend may see of lib/
 
 FORBIDDEN = set("""
     printf vprintf puts putchar putc fputs fputc fprintf vfprintf dprintf vdprintf perror warn warnx err errx

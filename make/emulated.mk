@@ -1,0 +1,31 @@
+# The tests of the CUDA backend: on the emulated device (make/emulator.mk), where each is a suite of `make test` by the name of
+# emulated_<test>, and on a GPU.
+
+# Of the CUDA backend itself.
+DEVICE_TESTS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/emulated/test_*.c))
+$(DEVICE_TESTS:%=%.o): EXTRA = -Itests -Itests/emulator $(CUDA_TEST_INCLUDES)
+$(DEVICE_TESTS:%=%.o): $(CUDA_LIBRARIES_READY) | deps-tests
+$(BUILD)/tests/emulated/%: $(BUILD)/tests/emulated/%.o $(SUPPORT) $(BUILD)/libplora.a
+	$(PROGRAM) -lcmocka -lcjson $(LIBS)
+
+# Of the operations, the same programs as on the CPU; and the benchmark, which on the emulator only has to run.
+GPU_TESTS := $(patsubst %,$(BUILD)/tests/%,test_philox test_model test_model_files test_optimizer test_linear test_linear_errors \
+               test_vectors_linear test_merge test_batch test_dequantise test_unload test_checkpoint test_peft test_llama)
+EMULATED_TESTS = $(DEVICE_TESTS) $(GPU_TESTS)
+EMULATED_SUITES = $(foreach test,$(EMULATED_TESTS),'emulated_$(notdir $(test))=env PLORA_TEST_BACKEND=cuda $(EMULATED) $(test)') \
+                  'emulated_bench_cuda=$(EMULATED) $(BUILD)/bench/bench_cuda 1 quick'
+
+.PHONY: test-emulated test-cuda bench-cuda
+test-emulated: $(EMULATED_TESTS) $(BUILD)/bench/bench_cuda $(EMULATOR_LIBS)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(EMULATED_SUITES)
+
+# On the GPU of this machine: without one they fail.
+test-cuda: $(GPU_TESTS)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(foreach test,$^,'cuda_$(notdir $(test))=env PLORA_TEST_BACKEND=cuda $(test)')
+bench-cuda: $(BUILD)/bench/bench_cuda
+	$< > $(BUILD)/bench_cuda.jsonl; status=$$?; cat $(BUILD)/bench_cuda.jsonl; exit $$status
+
+ifeq ($(CUDA),0)
+EMULATED_TESTS =
+EMULATED_SUITES =
+endif
