@@ -13,7 +13,6 @@
 
 #include "dtype.h"
 #include "peft_config.h"
-#include "safetensors.h"
 
 static const char key_prefix[] = "base_model.model.";
 static const char *const key_suffixes[2] = {".lora_A.weight", ".lora_B.weight"};
@@ -30,8 +29,7 @@ static int is_embedding(const char *name)
     return 0;
 }
 
-/* The layer that an adapter is saved under: the first of its weight that PEFT sees as a linear one. */
-static plora_status name_adapter(const plora_adapters *adapters, int32_t index, const char **name)
+plora_status plora__peft_name(const plora_adapters *adapters, int32_t index, const char **name)
 {
     const plora_model *model = adapters->model;
     const struct plora__adapter *adapter = &adapters->adapters[index];
@@ -45,50 +43,45 @@ static plora_status name_adapter(const plora_adapters *adapters, int32_t index, 
     return PLORA_ERROR_UNSUPPORTED;
 }
 
-/* What a save needs, in one allocation. */
+/* The tensors of a list, in one allocation: they, their shapes, scratch for the config, and their names. */
 struct save {
     struct plora__tensor *tensors; /* [2 adapter_count] */
     int64_t (*shapes)[2];
-    const char **names; /* [adapter_count] */
     int32_t *order;
-    char *keys;
     void *block;
     size_t bytes;
 };
 
-static plora_status prepare_save(const plora_adapters *adapters, struct save *save)
+static plora_status prepare_save(const plora_adapters *adapters, const struct plora__peft_adapter *list,
+                                 struct save *save)
 {
-    const size_t count = (size_t)adapters->adapter_count;
-    const size_t shapes_at = 2 * count * sizeof *save->tensors, names_at = shapes_at + 2 * count * sizeof *save->shapes;
-    const size_t order_at = names_at + count * sizeof *save->names, keys_at = order_at + count * sizeof *save->order;
+    const size_t count = (size_t)adapters->adapter_count, shapes_at = 2 * count * sizeof *save->tensors;
+    const size_t order_at = shapes_at + 2 * count * sizeof *save->shapes,
+                 keys_at = order_at + count * sizeof *save->order;
     save->bytes = keys_at;
-    for (size_t i = 0; i < count; ++i) {
-        const char *name;
-        PLORA_TRY(name_adapter(adapters, (int32_t)i, &name));
-        save->bytes += 2 * (strlen(key_prefix) + strlen(name) + strlen(key_suffixes[0]) + 1);
-    }
+    for (size_t i = 0; i < count; ++i)
+        save->bytes += 2 * (strlen(key_prefix) + strlen(list[i].name) + strlen(key_suffixes[0]) + 1);
     PLORA_TRY(plora__allocate(adapters->model->context, save->bytes, &save->block));
-    char *block = save->block;
+    char *block = save->block, *keys = block + keys_at;
     save->tensors = save->block;
     save->shapes = (int64_t(*)[2])(block + shapes_at);
-    save->names = (const char **)(block + names_at);
     save->order = (int32_t *)(block + order_at);
-    save->keys = block + keys_at;
     for (size_t i = 0; i < 2 * count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i / 2];
+        const struct plora__peft_adapter *entry = &list[i / 2];
         const int is_b = i % 2 != 0;
-        PLORA_TRY(name_adapter(adapters, (int32_t)(i / 2), &save->names[i / 2]));
-        char *key = save->keys;
-        save->keys += sprintf(key, "%s%s%s", key_prefix, save->names[i / 2], key_suffixes[is_b]) + 1;
-        save->shapes[i][0] = is_b ? adapter->out_features : adapter->rank;
-        save->shapes[i][1] = is_b ? adapter->rank : adapter->in_features;
+        char *key = keys;
+        keys += sprintf(key, "%s%s%s", key_prefix, entry->name, key_suffixes[is_b]) + 1;
+        save->shapes[i][0] = is_b ? adapter->out_features : entry->rank;
+        save->shapes[i][1] = is_b ? entry->rank : adapter->in_features;
         save->tensors[i] = (struct plora__tensor){
             .name = key,
             .dtype = plora__dtype_name(PLORA_F32),
             .shape = save->shapes[i],
             .dimensions = 2,
             .bytes = (size_t)(save->shapes[i][0] * save->shapes[i][1]) * sizeof(float),
-            .data = adapters->parameters + (is_b ? adapter->b_offset : adapter->a_offset),
+            .data = is_b ? entry->b : entry->a,
+            .write = is_b ? entry->write_b : entry->write_a,
         };
     }
     return PLORA_OK;
@@ -101,18 +94,17 @@ static plora_status write_text(plora_context *context, const char *path, const s
     return plora__writer_close(&writer, plora__writer_write(&writer, text->data, text->length));
 }
 
-plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory)
+plora_status plora__peft_save(const plora_adapters *adapters, const struct plora__peft_adapter *list,
+                              const plora_adapters_options *options, const char *directory)
 {
     static const struct plora__metadata metadata = {"format", "pt"};
-    PLORA_CHECK(adapters != NULL && directory != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
-                adapters == NULL ? "adapters" : "directory");
     plora_context *context = adapters->model->context;
     struct save save = {0};
     struct plora__text text = {context, NULL, 0, 0};
     char *tensors_path = NULL, *config_path = NULL;
     plora_status status;
-    PLORA_TRY_OUT(prepare_save(adapters, &save));
-    PLORA_TRY_OUT(plora__peft_config_write(&text, adapters, save.names, save.order));
+    PLORA_TRY_OUT(prepare_save(adapters, list, &save));
+    PLORA_TRY_OUT(plora__peft_config_write(&text, adapters, list, options, save.order));
     PLORA_TRY_OUT(plora__join_path(context, directory, tensors_name, &tensors_path));
     PLORA_TRY_OUT(plora__join_path(context, directory, config_name, &config_path));
     if (mkdir(directory, 0777) != 0 && errno != EEXIST) {
@@ -130,6 +122,30 @@ out:
     plora__free_string(context, tensors_path);
     plora__text_free(&text);
     plora__free(context, save.block, save.bytes);
+    return status;
+}
+
+plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory)
+{
+    PLORA_CHECK(adapters != NULL && directory != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
+                adapters == NULL ? "adapters" : "directory");
+    plora_context *context = adapters->model->context;
+    const size_t bytes = (size_t)adapters->adapter_count * sizeof(struct plora__peft_adapter);
+    void *block;
+    PLORA_TRY(plora__allocate_zeroed(context, bytes, &block));
+    struct plora__peft_adapter *list = block;
+    plora_status status = PLORA_OK;
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const struct plora__adapter *adapter = &adapters->adapters[i];
+        PLORA_TRY_OUT(plora__peft_name(adapters, i, &list[i].name));
+        list[i].rank = adapter->rank;
+        list[i].alpha = adapter->alpha;
+        list[i].a = adapters->parameters + adapter->a_offset;
+        list[i].b = adapters->parameters + adapter->b_offset;
+    }
+    status = plora__peft_save(adapters, list, &adapters->options, directory);
+out:
+    plora__free(context, block, bytes);
     return status;
 }
 

@@ -233,40 +233,40 @@ static const char *last_component(const char *name)
 }
 
 /* Whether the layers of this last component are exactly those of adapters of the file. */
-static int covers(const plora_adapters *adapters, const char *const *names, const char *component)
+static int covers(const plora_adapters *adapters, const struct plora__peft_adapter *list, const char *component)
 {
     const plora_model *model = adapters->model;
     for (int32_t layer = 0; layer < model->layer_count; ++layer) {
         const char *name = model->layers[layer].name;
         if (strcmp(last_component(name), component) != 0) continue;
         const int32_t adapter = adapters->adapter_of_layer[layer];
-        if (adapter < 0 || strcmp(names[adapter], name) != 0) return 0;
+        if (adapter < 0 || strcmp(list[adapter].name, name) != 0) return 0;
     }
     return 1;
 }
 
 /* A last component where that names the adapters and nothing else, else full names. */
-static plora_status write_targets(struct plora__text *text, const plora_adapters *adapters, const char *const *names)
+static plora_status write_targets(struct plora__text *text, const plora_adapters *adapters,
+                                  const struct plora__peft_adapter *list)
 {
     int written = 0;
     PLORA_TRY(plora__text_format(text, "  \"target_modules\": ["));
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
-        const char *component = last_component(names[i]);
-        const int short_form = covers(adapters, names, component);
+        const char *component = last_component(list[i].name);
+        const int short_form = covers(adapters, list, component);
         int32_t earlier = 0;
-        while (short_form && earlier < i && strcmp(last_component(names[earlier]), component) != 0)
+        while (short_form && earlier < i && strcmp(last_component(list[earlier].name), component) != 0)
             ++earlier;
         if (short_form && earlier < i) continue;
         PLORA_TRY(plora__text_format(text, written++ == 0 ? "\n    " : ",\n    "));
-        PLORA_TRY(plora__text_quote(text, short_form ? component : names[i]));
+        PLORA_TRY(plora__text_quote(text, short_form ? component : list[i].name));
     }
     return plora__text_format(text, "\n  ],\n");
 }
 
-static int differs(const plora_adapters *adapters, int32_t i, int ranks)
+static int differs(const struct plora__peft_adapter *adapter, const plora_adapters_options *options, int ranks)
 {
-    const struct plora__adapter *adapter = &adapters->adapters[i];
-    return ranks ? adapter->rank != adapters->options.rank : adapter->alpha != adapters->options.alpha;
+    return ranks ? adapter->rank != options->rank : adapter->alpha != options->alpha;
 }
 
 static int has_suffix(const char *name, const char *suffix)
@@ -278,40 +278,41 @@ static int has_suffix(const char *name, const char *suffix)
 
 static int longer(int32_t i, int32_t j, const void *user)
 {
-    const char *const *names = user;
-    const size_t a = strlen(names[i]), b = strlen(names[j]);
+    const struct plora__peft_adapter *list = user;
+    const size_t a = strlen(list[i].name), b = strlen(list[j].name);
     return a != b ? a > b : i < j;
 }
 
-static plora_status write_patterns(struct plora__text *text, const plora_adapters *adapters, const char *const *names,
-                                   const int32_t *order, const char *which, int ranks)
+static plora_status write_patterns(struct plora__text *text, const struct plora__peft_adapter *list, int32_t count,
+                                   const plora_adapters_options *options, const int32_t *order, int ranks)
 {
     int written = 0;
-    PLORA_TRY(plora__text_format(text, "  \"%s\": {", which));
-    for (int32_t k = 0; k < adapters->adapter_count; ++k) {
-        const int32_t i = order[k];
-        int needed = differs(adapters, i, ranks);
-        for (int32_t j = 0; !needed && j < adapters->adapter_count; ++j)
-            needed = differs(adapters, j, ranks) && has_suffix(names[i], names[j]);
+    PLORA_TRY(plora__text_format(text, "  \"%s\": {", ranks ? "rank_pattern" : "alpha_pattern"));
+    for (int32_t k = 0; k < count; ++k) {
+        const struct plora__peft_adapter *adapter = &list[order[k]];
+        int needed = differs(adapter, options, ranks);
+        for (int32_t j = 0; !needed && j < count; ++j)
+            needed = differs(&list[j], options, ranks) && has_suffix(adapter->name, list[j].name);
         if (!needed) continue;
         PLORA_TRY(plora__text_format(text, written++ == 0 ? "\n    " : ",\n    "));
-        PLORA_TRY(plora__text_quote(text, names[i]));
+        PLORA_TRY(plora__text_quote(text, adapter->name));
         PLORA_TRY(plora__text_format(text, ": "));
-        PLORA_TRY(plora__text_number(text, ranks ? (double)adapters->adapters[i].rank : adapters->adapters[i].alpha));
+        PLORA_TRY(plora__text_number(text, ranks ? (double)adapter->rank : adapter->alpha));
     }
     return plora__text_format(text, written > 0 ? "\n  },\n" : "},\n");
 }
 
 plora_status plora__peft_config_write(struct plora__text *text, const plora_adapters *adapters,
-                                      const char *const *names, int32_t *order)
+                                      const struct plora__peft_adapter *list, const plora_adapters_options *options,
+                                      int32_t *order)
 {
-    const plora_adapters_options *options = &adapters->options;
-    int transposed = adapters->adapter_count > 0;
-    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+    const int32_t count = adapters->adapter_count;
+    int transposed = count > 0;
+    for (int32_t i = 0; i < count; ++i) {
         order[i] = i;
         transposed &= adapters->model->weights[adapters->adapters[i].weight].fan_in_fan_out;
     }
-    plora__sort(order, adapters->adapter_count, longer, names);
+    plora__sort(order, count, longer, list);
     PLORA_TRY(plora__text_format(text,
                                  "{\n"
                                  "  \"peft_type\": \"LORA\",\n"
@@ -333,9 +334,9 @@ plora_status plora__peft_config_write(struct plora__text *text, const plora_adap
                                  transposed ? "true" : "false", options->rslora ? "true" : "false", options->rank));
     PLORA_TRY(plora__text_number(text, options->alpha));
     PLORA_TRY(plora__text_format(text, ",\n"));
-    PLORA_TRY(write_targets(text, adapters, names));
-    PLORA_TRY(write_patterns(text, adapters, names, order, "rank_pattern", 1));
-    PLORA_TRY(write_patterns(text, adapters, names, order, "alpha_pattern", 0));
+    PLORA_TRY(write_targets(text, adapters, list));
+    PLORA_TRY(write_patterns(text, list, count, options, order, 1));
+    PLORA_TRY(write_patterns(text, list, count, options, order, 0));
     PLORA_TRY(plora__text_format(text, "  \"lora_dropout\": "));
     PLORA_TRY(plora__text_number(text, options->dropout));
     return plora__text_format(text, "\n}\n");

@@ -3,6 +3,7 @@
 #define PLORA_PEFT_CONFIG_H
 
 #include "json.h"
+#include "peft.h"
 
 struct plora__peft_config {
     struct plora__json json;             /* points into `text`, which must stay */
@@ -19,8 +20,9 @@ void plora__peft_config_free(struct plora__peft_config *config);
 /* Rank and alpha that the config gives to a layer: of the first pattern that matches it, as PEFT does, or the defaults. */
 void plora__peft_config_layer(const struct plora__peft_config *config, const char *name, int64_t *rank, double *alpha);
 
-/* Appends the config of a set of adapters; names[i] is the layer of adapter i in the file. order[adapter_count] is scratch. */
+/* Appends the config of a list as in plora__peft_save(). order[adapter_count] is scratch. */
 plora_status plora__peft_config_write(struct plora__text *text, const plora_adapters *adapters,
-                                      const char *const *names, int32_t *order);
+                                      const struct plora__peft_adapter *list, const plora_adapters_options *options,
+                                      int32_t *order);
 
 #endif

@@ -398,6 +398,7 @@ static plora_status format_header(struct plora__text *text, const struct plora__
 
 static plora_status write_tensor(struct plora__writer *writer, const struct plora__tensor *tensor)
 {
+    if (tensor->write != NULL) return tensor->write(tensor, writer);
     if (tensor->row_bytes == 0 || tensor->row_bytes == tensor->stride_bytes)
         return plora__writer_write_device(writer, tensor->data, tensor->bytes);
     const unsigned char *row = tensor->data;

@@ -22,6 +22,8 @@ struct plora__tensor {
     void *data; /* NULL when bytes is 0 */
     /* For writing: > 0 when the data is `bytes / row_bytes` rows that start every stride_bytes. */
     size_t row_bytes, stride_bytes;
+    /* For writing: when not NULL, hands the `bytes` bytes to the writer in place of `data`. */
+    plora_status (*write)(const struct plora__tensor *tensor, struct plora__writer *writer);
 };
 
 struct plora__metadata {

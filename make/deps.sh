@@ -12,6 +12,7 @@ need() { # need PACKAGE PROBE...: the package is missing when the probe fails
 }
 header() { echo "#include <$1>" | ${CC:-cc} ${CPPFLAGS:-} -include stdarg.h -include stddef.h -include setjmp.h -E -xc -; }
 has() { command -v "$1"; }
+fast_blas() { readlink -f /usr/lib/*/libblas.so.3 | grep openblas; }
 clang_file() { test -e "$(clang-14 -print-resource-dir)/$1"; }
 
 probe() {
@@ -21,6 +22,10 @@ probe() {
         build)
             need libdnnl-dev header oneapi/dnnl/dnnl.h
             need libjsmn-dev header jsmn.h
+            need libxxhash-dev header xxhash.h
+            need liblapacke-dev header lapacke.h
+            need libblas-dev header cblas.h
+            has dpkg >/dev/null && need libopenblas0-openmp fast_blas # the reference BLAS does as well, but slowly
             ;;
         examples) need libcjson-dev header cjson/cJSON.h ;;
         tests)

@@ -8,6 +8,7 @@ deps-%: force
 $(BUILD)/venv/ready: examples/finetune/requirements.txt
 $(BUILD)/venv-test/ready: tests/python/requirements.txt
 $(BUILD)/venv-peers/ready: tests/bench/requirements.txt
+$(BUILD)/venv-llama/ready: tests/interop/requirements.txt | deps-tests
 $(BUILD)/%/ready: | deps-python
 	@echo 'Python packages of $(filter %.txt,$^) into $(@D)'
 	@$(PYTHON) -m venv $(@D)
@@ -24,11 +25,15 @@ BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c)
 bench: $(BUILD)/finetune $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready)
 	$(BUILD)/venv/bin/python tests/bench/bench.py --build $(BUILD) $(if $(PEERS),--peers $(BUILD)/venv-peers/bin/python)
 
-# SmolLM2 against transformers and PEFT. Not part of `make test`: it installs torch.
+# SmolLM2 against transformers, PEFT and llama.cpp. Not part of `make test`: it installs torch, and compiles llama.cpp.
 .PHONY: interop
 PREPARE = $(BUILD)/venv/bin/python examples/finetune/prepare.py
 SMOLLM2 = $(BUILD)/models/SmolLM2-135M-Instruct
-interop: $(BUILD)/finetune $(BUILD)/venv/ready $(BUILD)/venv-peers/ready
+interop: $(BUILD)/finetune $(BUILD)/interop/stages $(foreach venv,venv venv-peers venv-llama,$(BUILD)/$(venv)/ready)
 	$(PREPARE) model --output $(SMOLLM2) --downloads $(BUILD)/downloads
 	$(PREPARE) gsm --model $(SMOLLM2) --output $(BUILD)/data/gsm --downloads $(BUILD)/downloads
 	$(BUILD)/venv-peers/bin/python tests/interop/smollm2.py $(BUILD)/finetune $(SMOLLM2) $(BUILD)/data/gsm
+	$(BUILD)/venv-peers/bin/python tests/interop/export.py $(BUILD)/interop/stages $(SMOLLM2) $(BUILD)/interop/files
+	$(BUILD)/venv-llama/bin/python tests/interop/llama.py $(BUILD)/interop/files
+$(BUILD)/interop/%: $(BUILD)/tests/interop/%.o $(BUILD)/libplora.a
+	$(PROGRAM) $(LIBS)

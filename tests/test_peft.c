@@ -39,14 +39,21 @@ static void fixture_close(struct fixture *f)
 
 static void randomise(plora_adapters *adapters)
 {
+    float *parameters;
+    int64_t count;
+    CHECK_OK(plora_adapters_parameters(adapters, &parameters, &count));
+    float *host = device_mirror(parameters, (size_t)count * sizeof *parameters);
     for (int32_t layer = 0; layer < LAYERS; ++layer) {
         plora_adapter adapter = PLORA_ADAPTER_INIT;
         if (plora_adapters_layer(adapters, layer, &adapter) != PLORA_OK) continue;
+        float *a = device_host_of(adapter.a.data), *b = device_host_of(adapter.b.data);
         for (int64_t i = 0; i < adapter.a.rows * adapter.a.columns; ++i)
-            ((float *)adapter.a.data)[i] = (float)check_uniform();
+            a[i] = (float)check_uniform();
         for (int64_t i = 0; i < adapter.b.rows * adapter.b.columns; ++i)
-            ((float *)adapter.b.data)[i] = (float)check_uniform();
+            b[i] = (float)check_uniform();
     }
+    device_upload();
+    device_forget(host);
 }
 
 static void check_same(plora_adapters *a, plora_adapters *b)
@@ -55,7 +62,12 @@ static void check_same(plora_adapters *a, plora_adapters *b)
     int64_t x_count, y_count;
     CHECK_OK(plora_adapters_parameters(a, &x, &x_count));
     CHECK_OK(plora_adapters_parameters(b, &y, &y_count));
-    CHECK(x_count == y_count && memcmp(x, y, (size_t)x_count * sizeof *x) == 0, "the parameters differ");
+    CHECK(x_count == y_count, "%lld and %lld parameters", (long long)x_count, (long long)y_count);
+    const size_t bytes = (size_t)x_count * sizeof *x;
+    float *own_x = device_mirror(x, bytes), *own_y = device_mirror(y, bytes);
+    CHECK(memcmp(own_x, own_y, bytes) == 0, "the parameters differ");
+    device_forget(own_x);
+    device_forget(own_y);
     for (int32_t layer = 0; layer < LAYERS; ++layer) {
         plora_adapter one = PLORA_ADAPTER_INIT, two = PLORA_ADAPTER_INIT;
         const plora_status status = plora_adapters_layer(a, layer, &one);
@@ -220,10 +232,13 @@ static void widened(void **state)
         CHECK_OK(plora_adapters_load(f.model, file_path("peft"), NULL, &adapters));
         CHECK_OK(plora_adapters_layer(adapters, 0, &adapter));
         CHECK(adapter.a.rows == 2 && adapter.b.rows == 6, "shapes");
+        float *a = device_mirror(adapter.a.data, 8 * sizeof *a), *b = device_mirror(adapter.b.data, 12 * sizeof *b);
         for (int64_t i = 0; i < 8; ++i)
-            CHECK(((float *)adapter.a.data)[i] == 0.5f, "A[%lld] in %s", (long long)i, plora__dtype_name(dtype));
+            CHECK(a[i] == 0.5f, "A[%lld] in %s", (long long)i, plora__dtype_name(dtype));
         for (int64_t i = 0; i < 12; ++i)
-            CHECK(((float *)adapter.b.data)[i] == 0.5f, "B[%lld] in %s", (long long)i, plora__dtype_name(dtype));
+            CHECK(b[i] == 0.5f, "B[%lld] in %s", (long long)i, plora__dtype_name(dtype));
+        device_forget(a);
+        device_forget(b);
         plora_adapters_destroy(adapters);
     }
     fixture_close(&f);

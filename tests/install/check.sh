@@ -28,7 +28,7 @@ for program in C CXX static; do "$build/consumer/cmake/consumer_$program"; done
 needed=$(readelf -d "$stage/moved/lib/libplora.so" | sed -n 's/.*NEEDED.*\[\(.*\)\]/\1/p' | sort | tr '\n' ' ')
 for library in $needed; do
     case $library in
-    libdnnl.so.* | libgomp.so.* | libm.so.* | libc.so.* | ld-linux*) ;;
+    libdnnl.so.* | liblapacke.so.* | libblas.so.* | libgomp.so.* | libm.so.* | libc.so.* | ld-linux*) ;;
     *) echo "libplora.so needs $library" >&2 && exit 1 ;;
     esac
 done

@@ -16,7 +16,10 @@ static int check_initialisers(void)
     const plora_step_report step = PLORA_STEP_REPORT_INIT;
     const plora_unload_options unload = PLORA_UNLOAD_OPTIONS_INIT;
     const plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
-    return context.struct_size == sizeof context && memory.struct_size == sizeof memory &&
+    const plora_export_options export_options = PLORA_EXPORT_OPTIONS_INIT;
+    const plora_export_report export_report = PLORA_EXPORT_REPORT_INIT;
+    return export_options.struct_size == sizeof export_options && export_report.struct_size == sizeof export_report &&
+           context.struct_size == sizeof context && memory.struct_size == sizeof memory &&
            linear.struct_size == sizeof linear && adapters.struct_size == sizeof adapters &&
            adapter.struct_size == sizeof adapter && optimizer.struct_size == sizeof optimizer &&
            step.struct_size == sizeof step && unload.struct_size == sizeof unload &&
