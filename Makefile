@@ -6,6 +6,7 @@ CFLAGS ?= -O2 -g
 OPENMP ?= -fopenmp
 HARDEN ?= -D_FORTIFY_SOURCE=2 -fstack-protector-strong
 PYTHON ?= python3
+CUDA   ?= 1# 0 builds without the CUDA backend (make/cuda.mk)
 Q      := $(if $(V),,@)# make V=1 shows the commands
 
 VERSION := $(shell awk '/define PLORA_VERSION_/ {printf "%s%s", dot, $$3; dot = "."}' include/plora.h)
@@ -15,18 +16,19 @@ X86_64  := $(findstring x86_64,$(shell $(CC) -dumpmachine))
 # Floating-point contraction is off, so that random numbers have the same bits everywhere; kernels may contract.
 WARN      = -Wall -Wextra -Wpedantic -Wshadow $(if $(OPENMP),,-Wno-unknown-pragmas -Wno-unused -Wno-unused-parameter)
 ALL_FLAGS = -std=c11 -D_GNU_SOURCE -fPIC -fvisibility=hidden -ffp-contract=off $(OPENMP) $(WARN) -Iinclude -Ilib \
-            $(HARDEN) $(CPPFLAGS) $(CFLAGS)
-LIBS      = -ldnnl -lm -lpthread $(if $(OPENMP),,-lgomp)
+            -DPLORA_CUDA=$(CUDA) $(HARDEN) $(CPPFLAGS) $(CFLAGS)
+LIBS      = -ldnnl -llapacke -lblas -lm -lpthread -ldl $(if $(OPENMP),,-lgomp)
 LINK      = -Wl,--as-needed -Wl,-z,relro,-z,now $(LDFLAGS)
 
 # *_kernels.c are compiled once for each instruction level of lib/cpu/isa.h.
-LEVELS   = 0 $(if $(X86_64),1 2)
+LEVELS   = 0 $(if $(X86_64),1 2 3)
 LEVEL_0  =
 LEVEL_1  = -mavx2 -mfma -mf16c
 LEVEL_2  = $(LEVEL_1) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
+LEVEL_3  = $(LEVEL_2) -mamx-tile -mamx-bf16
 
 KERNELS  := $(wildcard lib/cpu/*_kernels.c)
-SOURCES  := $(filter-out $(KERNELS),$(wildcard lib/*.c lib/cpu/*.c))
+SOURCES  := $(filter-out $(KERNELS),$(wildcard lib/*.c lib/cpu/*.c $(if $(filter 1,$(CUDA)),cuda/*.c)))
 LIBRARY   = $(SOURCES:%.c=$(BUILD)/%.o) $(foreach i,$(LEVELS),$(KERNELS:%.c=$(BUILD)/%.isa$(i).o))
 FINETUNE := $(patsubst %.c,$(BUILD)/%.o,$(wildcard examples/finetune/*.c))
 TESTS    := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/test_*.c))
@@ -79,14 +81,18 @@ $(BUILD)/quickstart: examples/quickstart.c $(BUILD)/libplora.so
 
 $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(SUPPORT) $(BUILD)/libplora.a
 	$(PROGRAM) -lcmocka -lcjson $(LIBS)
-$(BUILD)/tests/test_llama: $(filter-out %/main.o,$(FINETUNE))
+# The trainer, whose calls the test puts on the backend under test.
+WRAPPED = context_create model_add_linear model_layer model_find_tensor model_save model_destroy linear_forward linear_backward
+$(BUILD)/tests/test_llama: $(BUILD)/tests/test_llama.o $(SUPPORT) $(filter-out %/main.o,$(FINETUNE)) | $(BUILD)/libplora.so
+	$(PROGRAM) $(WRAPPED:%=-Wl,--wrap=plora_%) -L$(BUILD) -Wl,-rpath,'$$ORIGIN/..' -lplora -lcmocka -lcjson $(LIBS)
 $(TESTS:%=%.o) $(SUPPORT): EXTRA = -Itests -Iexamples/finetune
-$(TESTS:%=%.o) $(SUPPORT): | deps-tests
+$(TESTS:%=%.o) $(SUPPORT): | deps-tests deps-examples
 
+$(BUILD)/tests/bench/%.o: EXTRA = -Itests
 $(BUILD)/bench/%: $(BUILD)/tests/bench/%.o $(SUPPORT) $(filter-out %/main.o,$(FINETUNE)) $(BUILD)/libplora.a
 	$(PROGRAM) -lcjson $(LIBS)
 
-include make/python.mk make/checks.mk make/install.mk
+include make/python.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/install.mk
 
 .PHONY: force clean help
 force:
@@ -97,14 +103,18 @@ help:
 	@echo 'make demo                  trains SmolLM2-135M with LoRA and PLoRA and compares them'
 	@echo 'make quickstart            the smallest program that uses the library'
 	@echo 'make test                  every test; make asan, ubsan, tsan, valgrind: the C tests under each'
+	@echo 'make test-kill             kills runs and resumes them, KILLS=1000 times'
 	@echo 'make lint                  format, clang-tidy, include rules, forbidden calls'
+	@echo 'make test-emulated         the CUDA backend on an emulated GPU; test-ladder, test-mutants: kernel ladders, planted bugs'
+	@echo 'make test-cuda, bench-cuda the same tests on a GPU, and how near it comes to what the GPU allows; ladder'
+	@echo 'make cuda-report           registers, spills, occupancy and instructions of the CUDA kernels'
 	@echo 'make abi, abi-update       compares the ABI with tests/abi/, or records it there'
 	@echo 'make fuzz                  fuzzes the file readers, FUZZ_SECONDS=30 each'
-	@echo 'make interop               SmolLM2-135M against transformers and PEFT; installs torch'
+	@echo 'make interop               SmolLM2-135M against transformers, PEFT and llama.cpp; installs torch, compiles llama.cpp'
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
 	@echo 'make install               PREFIX=/usr/local DESTDIR='
 	@echo 'make deps                  installs what all of these need'
-	@echo 'Variables                  BUILD CC CFLAGS LDFLAGS PREFIX DESTDIR'
+	@echo 'Variables                  BUILD CC CFLAGS LDFLAGS PREFIX DESTDIR CUDA=0 CUDA_HOME'
 
 -include $(shell find $(BUILD) -name '*.d' 2>/dev/null)
 .DELETE_ON_ERROR:

@@ -127,14 +127,22 @@ typedef struct plora_context_options {
     void *log_user;
     int32_t log_level;
     int32_t reserved;
+    /* Device memory of a CUDA context, e.g. from torch's caching allocator. Both NULL = cudaMalloc() and cudaFree(). They are
+     * called with the context's device current. The memory must be aligned to 64 bytes, and usable on any stream at once; before
+     * the library gives it back it waits for the device. What cuBLAS keeps for itself does not come from here. */
+    void *(*device_allocate)(size_t size, void *user);
+    void (*device_free)(void *pointer, size_t size, void *user);
+    void *device_user;
 } plora_context_options;
 
 #define PLORA_CONTEXT_OPTIONS_INIT                                                                                     \
     {                                                                                                                  \
-        sizeof(plora_context_options), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0                                  \
+        sizeof(plora_context_options), 0, 0, 0, 0, NULL, NULL, NULL, NULL, NULL, 0, 0, NULL, NULL, NULL                \
     }
 
 /* Creates a context: backend, allocator, log. options may be NULL (CPU, defaults).
+ * The first CUDA context opens libcudart.so.13 and libcublas.so.13: those that the program has loaded already, else from the
+ * loader's path, else from the directories in the environment variable PLORA_CUDA_PATH (separated by colons).
  * Errors: INVALID_ARGUMENT; BACKEND_UNAVAILABLE, whose message names the cause; OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_context_create(const plora_context_options *options, plora_context **context);
 PLORA_API void plora_context_destroy(plora_context *context);
@@ -144,15 +152,19 @@ PLORA_API plora_status plora_synchronize(plora_context *context, void *stream);
 
 typedef struct plora_memory_statistics {
     size_t struct_size;
-    size_t current_bytes; /* live allocations of the library in this context */
+    size_t current_bytes; /* live allocations of host memory of the library in this context */
     size_t peak_bytes;    /* the highest current_bytes so far */
     int64_t allocations;  /* number of allocations made so far */
     size_t mapped_bytes;  /* model files mapped: only touched pages are resident, only changed ones private */
+    /* The same of device memory; 0 for a CPU context, whose memory is all counted above. */
+    size_t device_current_bytes;
+    size_t device_peak_bytes;
+    int64_t device_allocations;
 } plora_memory_statistics;
 
 #define PLORA_MEMORY_STATISTICS_INIT                                                                                   \
     {                                                                                                                  \
-        sizeof(plora_memory_statistics), 0, 0, 0, 0                                                                    \
+        sizeof(plora_memory_statistics), 0, 0, 0, 0, 0, 0, 0                                                           \
     }
 
 /* Every byte the library allocated through the context's hooks, in bytes. Any thread, at any time. @since 0.1 */
@@ -186,7 +198,8 @@ typedef struct plora_linear {
 PLORA_API plora_status plora_model_create(plora_context *context, plora_model **model);
 
 /* Opens a safetensors file, or a Hugging Face directory with model.safetensors or model.safetensors.index.json. Files are
- * mapped copy-on-write: they are never changed, and only weights that an unload wrote cost memory of their own.
+ * mapped copy-on-write: they are never changed, and only weights that an unload wrote cost memory of their own. On CUDA all
+ * tensors are copied to the device instead.
  * Every 2-D tensor "<name>.weight" of a supported dtype becomes the layer <name> (with "<name>.bias" if that is [N]);
  * names ending in lm_head, embed_tokens, embed_out, wte or wpe get PLORA_LAYER_HEAD.
  * Errors: IO, FORMAT (the message names the tensor and the byte offset), OUT_OF_MEMORY. @since 0.1 */
@@ -428,7 +441,7 @@ PLORA_API plora_status plora_optimizer_reset(plora_optimizer *optimizer, void *s
 
 /* ------------------------------------------------------------------------------------------------------------- unload */
 
-enum { PLORA_ROUND_NEAREST = 0 };
+enum { PLORA_ROUND_NEAREST = 0, PLORA_ROUND_STOCHASTIC = 1, PLORA_ROUND_RESIDUAL = 2 };
 
 /* What becomes of the optimizer's moments, step counter and schedule. */
 enum {
@@ -503,14 +516,191 @@ enum {
 };
 
 /* One safetensors file with adapters, moments, counters, stage and schedule position, written atomically. A run that loads it
- * goes on to the very same bits. optimizer may be NULL. Errors: IO, OUT_OF_MEMORY. @since 0.1 */
+ * goes on to the very same bits. With a ledger its position and lineage are saved too, and the weights need not be. optimizer
+ * may be NULL. Errors: IO, OUT_OF_MEMORY, INVALID_ARGUMENT (a ledger whose position is not known). @since 0.1 */
 PLORA_API plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
                                              uint32_t flags);
 
-/* Loads into adapters (and optimizer) created with the same options on the same model. Everything in the file is checked
- * first: on an error nothing has changed. Errors: IO, FORMAT, SHAPE, INVALID_ARGUMENT (made with other options; named).
- * @since 0.1 */
+/* Loads into adapters (and optimizer) created with the same options on the same model. With a ledger it also makes the weights
+ * those of the checkpoint, from the file or else as plora_ledger_roll_back() does, and drops later records: what they hold, the
+ * run will do again. Everything in the file is checked first, its checksum included: on an error nothing has changed. Errors:
+ * IO, FORMAT, SHAPE, INVALID_ARGUMENT (made with other options, or with another ledger; named). @since 0.1 */
 PLORA_API plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *optimizer, const char *path);
+
+/* ------------------------------------------------------------------------------------------------------------- ledger */
+
+/* The record of every unload: A, B, scale, momentum and what else its merge depended on. With the original weights W_0 it gives
+ * any W_t back, to the bit, by doing the merges again:
+ *
+ *     W_t = round(W_(t-1) + m_t s_t B_t A_t)          record t - 1 leads from W_(t-1) to W_t
+ *
+ * A record takes about 4 R (N + K) bytes a weight. The ledger lies in memory or in an append-only file under checksums, whose
+ * format is described in docs/ledger.md. Each state has a lineage: a hash of W_0, of all records up to it, and of their order.
+ * The same bits need the same backend and instruction set, as they differ in the last place. */
+typedef struct plora_ledger plora_ledger;
+
+typedef struct plora_ledger_options {
+    size_t struct_size;
+    const char *path; /* of the file, which is created or gone on with; NULL = in memory */
+    /* Layers of the same names with the weights W_0, which nobody may change; kept alive. NULL: an opened model's own files; a
+     * host-built model then can only be rolled forward. In host memory, or of the adapters' context. */
+    plora_model *original;
+    int32_t sync;         /* 1: a record has reached the disk before the first weight changes; 0: the system's cache */
+    int32_t hash_weights; /* 1: records hold hashes of the weights before and after; a pass over the weights each */
+} plora_ledger_options;
+
+#define PLORA_LEDGER_OPTIONS_INIT                                                                                      \
+    {                                                                                                                  \
+        sizeof(plora_ledger_options), NULL, NULL, 1, 0                                                                 \
+    }
+
+/* Attaches a ledger to the adapters: from now on plora_unload() appends the stage's record, and returns an error with nothing
+ * changed when it cannot. Reads the adapted weights once, to hash them. A new ledger takes them as W_0. A file that exists must
+ * have been made for layers of the same names, shapes and dtypes; its ranks and scales may differ. A record that was not
+ * finished when the process or the machine stopped is cut off its end. The weights may be W_0, at position 0, or any W_t whose
+ * hash is known; else the position is -1 until plora_ledger_roll_back(). options may be NULL. With a ledger, an unload may
+ * allocate memory. One ledger at a time for a set of adapters, and for a file, which is locked.
+ * Errors: IO; FORMAT (damaged, naming the record and its byte offset; a single changed bit is found); UNSUPPORTED (version);
+ * INVALID_ARGUMENT (another model, naming the first difference); OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_ledger_open(plora_adapters *adapters, const plora_ledger_options *options,
+                                         plora_ledger **ledger);
+/* Detaches it. A file stays. */
+PLORA_API void plora_ledger_destroy(plora_ledger *ledger);
+
+/* The number of records. @since 0.1 */
+PLORA_API int64_t plora_ledger_length(const plora_ledger *ledger);
+
+/* The number of records that the weights hold, -1 when that is not known. Unloads go on only at the ledger's end: when this is
+ * less than the length, roll forward, or drop what comes later with plora_ledger_truncate(). @since 0.1 */
+PLORA_API int64_t plora_ledger_position(const plora_ledger *ledger);
+
+typedef struct plora_ledger_record_info {
+    size_t struct_size;
+    int64_t stage; /* of the adapter that was unloaded */
+    double momentum;
+    uint64_t seed;    /* of the adapters */
+    int32_t rounding; /* PLORA_ROUND_... */
+    int32_t hashed;   /* bits: 1 = weights_before is known, 2 = weights_after */
+    uint64_t lineage_before;
+    uint64_t lineage_after;
+    uint64_t weights_before;
+    uint64_t weights_after;
+    uint64_t offset; /* in the file; in memory as if there were one */
+    uint64_t bytes;
+    int64_t folded;    /* of plora_ledger_compact(): the number of records that this one stands for; else 0 */
+    double fold_error; /* and what it lacks of their sum at most, relative to it (Frobenius norms) */
+} plora_ledger_record_info;
+
+#define PLORA_LEDGER_RECORD_INFO_INIT                                                                                  \
+    {                                                                                                                  \
+        sizeof(plora_ledger_record_info), 0, 0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0                                    \
+    }
+
+/* Errors: INVALID_ARGUMENT (record not in 0 .. length - 1). @since 0.1 */
+PLORA_API plora_status plora_ledger_record(plora_ledger *ledger, int64_t record, plora_ledger_record_info *info);
+
+/* The factors of a record for one layer of the model, a[R,K] and b[N,R], as they were before the unload; *factor is m s. Views
+ * in host memory that must not be written to; valid until the next unload, truncation or end. Any output may be NULL.
+ * Errors: INVALID_ARGUMENT, NOT_FOUND (the layer has no adapter), IO. @since 0.1 */
+PLORA_API plora_status plora_ledger_factors(plora_ledger *ledger, int64_t record, int32_t layer, plora_matrix *a,
+                                            plora_matrix *b, double *factor);
+
+enum {
+    PLORA_LEDGER_WEIGHTS_ONLY = 1 /* leave adapters, gradients and stage as they are */
+};
+
+/* Makes the weights W_t, t = record_count: forward from the present ones where they are known and not later, else from W_0.
+ * The adapters become what they were right after that unload, drawn for the next stage (t = 0: for the first), or A and B of
+ * the record times sqrt(1 - m); gradients 0. The optimizer is the host's: plora_optimizer_reset(). The records stay. Waits for
+ * the device. Everything is checked before the first write, the bytes of the records and W_0 included.
+ * Errors: INVALID_ARGUMENT (t not in 0 .. length; no original weights, or not W_0); SHAPE (the record's ranks are not those of the
+ * adapters); FORMAT; IO; OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_ledger_roll_back(plora_ledger *ledger, int64_t record_count, uint32_t flags);
+
+/* Drops the records from record_count on, which must not be less than the position. Not to be undone.
+ * Errors: INVALID_ARGUMENT, IO. @since 0.1 */
+PLORA_API plora_status plora_ledger_truncate(plora_ledger *ledger, int64_t record_count);
+
+/* Whether the weights are W_t, t = plora_ledger_position(), bit for bit: by their recorded hash, else by merging all records again
+ * into a copy of W_0, a weight at a time. Errors: INVALID_ARGUMENT (they are not, naming the layer; position unknown; no
+ * original weights), FORMAT, IO, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_ledger_verify(plora_ledger *ledger);
+
+/* -------------------------------------------------------------------------------------------------------------- export */
+
+enum {
+    PLORA_EXPORT_PEFT = 0, /* a directory as of plora_adapters_save() */
+    PLORA_EXPORT_GGUF = 1  /* a file for llama.cpp (--lora); models of the LLaMA family, by their Hugging Face names */
+};
+
+typedef struct plora_export_options {
+    size_t struct_size;
+    int32_t format;   /* PLORA_EXPORT_... */
+    int32_t live;     /* 1: the live adapter as well */
+    int64_t records;  /* the first so many; -1 = those that the weights hold, or all when that is not known */
+    int64_t rank;     /* the highest of the result; 0 = no bound */
+    double max_error; /* |D - D'| / |D| of each weight, Frobenius norms: the lowest rank that keeps to it; 0 = none */
+    int32_t heads;    /* GGUF: num_attention_heads and num_key_value_heads (0 = as many) of the model's config.json */
+    int32_t kv_heads;
+} plora_export_options;
+
+#define PLORA_EXPORT_OPTIONS_INIT                                                                                      \
+    {                                                                                                                  \
+        sizeof(plora_export_options), PLORA_EXPORT_PEFT, 1, -1, 0, 0.0, 0, 0                                           \
+    }
+
+/* What became of one weight's D. */
+typedef struct plora_export_layer {
+    int32_t layer;
+    int32_t reserved;
+    int64_t stacked_rank; /* the sum of the ranks of its stages */
+    int64_t rank;         /* exported; 1 when D = 0 */
+    double norm;          /* |D|; 0 in an exact export, which does not need it */
+    double error;         /* |D - D'| / |D|, up to the rounding of D' to fp32 */
+} plora_export_layer;
+
+typedef struct plora_export_report {
+    size_t struct_size;
+    int64_t records; /* exported */
+    int32_t live;    /* whether the live adapter is among it: not when its B = 0 */
+    int32_t weights;
+    int64_t rank; /* the highest */
+    double norm;  /* over all weights, as above */
+    double error;
+    plora_export_layer *layers; /* caller's array, or NULL: the first layer_capacity weights, in layer order */
+    int64_t layer_capacity;
+} plora_export_report;
+
+#define PLORA_EXPORT_REPORT_INIT                                                                                       \
+    {                                                                                                                  \
+        sizeof(plora_export_report), 0, 0, 0, 0, 0.0, 0.0, NULL, 0                                                     \
+    }
+
+/* Writes what training did to each weight as one ordinary LoRA adapter for the original model: D' = D, or the D' nearest to D of
+ * a lower rank, where for every weight
+ *
+ *     D = sum over records m_t s_t B_t A_t  +  s B A of the live adapter
+ *
+ * rank = 0 and max_error = 0: exact, the stages stacked, [f_1 B_1 .. f_S B_S] and [A_1; ..; A_S]. Where all factors f of a weight are
+ * equal, every number is the ledger's own and PEFT's alpha / r is f; else f is multiplied into B, rounded once to fp32.
+ * Otherwise truncated: QR of both stacks and an SVD of the small core in double, never N x K, on the context's threads; the singular
+ * values are shared evenly by A and B.
+ * The difference to the trained weights is what rounding them has lost; plora_unload_report tells how much that was.
+ * Each file is written atomically. options and report may be NULL. Waits for the device.
+ * Errors: INVALID_ARGUMENT, NON_FINITE (the live adapter), UNSUPPORTED (a layer that the format cannot name; an embedding),
+ * SHAPE (heads), FORMAT (a damaged record), IO, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_ledger_export(plora_ledger *ledger, const char *path, const plora_export_options *options,
+                                           plora_export_report *report);
+
+/* Writes a smaller ledger to `path`, in which one record stands for the `count` records from `first` on: for each weight their sum,
+ * truncated as by plora_ledger_export() to rank and max_error of the options (both 0: to the rank that it has, without loss beyond
+ * fp32); the other options must be as PLORA_EXPORT_OPTIONS_INIT has them. plora_ledger_record() tells what was folded and its error.
+ * All else is copied, this ledger stays as it is. Where the weights hold all its records, their hash goes into the new one, which
+ * then can be opened in its place and gone on with. Its sum can be exported; weights behind the folded record cannot be rebuilt: rolling
+ * back to them, or past them, is UNSUPPORTED. Checkpoints of this ledger are not of the new one's lineage.
+ * Written atomically; what `path` was is replaced. Errors: as the export, INVALID_ARGUMENT (range; the ledger's own file). @since 0.1 */
+PLORA_API plora_status plora_ledger_compact(plora_ledger *ledger, const char *path, int64_t first, int64_t count,
+                                            const plora_export_options *options, plora_export_report *report);
 
 #ifdef __cplusplus
 }

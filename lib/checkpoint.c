@@ -5,6 +5,8 @@
  *     metadata    state: counters that a load restores
  *                 options: what must be the same in the run that loads, compared as text
  *                 adapters: one line per adapter, "layer N K rank scale"
+ *                 ledger: with a ledger, how many of its records the weights hold, and their lineage
+ *                 checksum: of metadata and tensors
  *
  * Gradients are not saved: a checkpoint lies between two steps. A load checks the whole file before its first write. */
 #include <errno.h>
@@ -14,7 +16,9 @@
 #include <string.h>
 
 #include "dtype.h"
+#include "hash.h"
 #include "json.h"
+#include "ledger.h"
 #include "safetensors.h"
 
 /* ---------------------------------------------------------------------------------------------------------- description */
@@ -89,6 +93,13 @@ static plora_status describe(struct description *description, const plora_adapte
     describe_integer(description, "adapters.init", adapters->options.init);
     describe_real(description, "adapters.dropout", adapters->options.dropout);
     if (optimizer != NULL) describe_optimizer(description, optimizer);
+    if (adapters->ledger != NULL) {
+        const plora_ledger *ledger = adapters->ledger;
+        const int64_t position = ledger->position;
+        describe_integer(description, "state.ledger_records", position);
+        if (position >= 0)
+            describe_unsigned(description, "state.ledger_lineage", plora__ledger_lineage(&ledger->store, position));
+    }
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
         PLORA_TRY(plora__text_format(&description->adapters, "%s N=%" PRId64 " K=%" PRId64 " rank=%" PRId64 " scale=",
@@ -187,12 +198,86 @@ static plora_status list_tensors(const plora_adapters *adapters, const struct pl
     return PLORA_OK;
 }
 
+/* ------------------------------------------------------------------------------------------------------------ checksum */
+
+enum {
+    ARENA_ROW = PLORA__ARENA_ALIGNMENT * sizeof(float)
+}; /* an arena is hashed in rows, of which it has a whole number */
+
+static uint64_t hash_text(const char *text, uint64_t hash)
+{
+    return plora__hash(text, strlen(text) + 1, hash);
+}
+
+static uint64_t hash_metadata(const struct plora__metadata *metadata, int32_t count)
+{
+    uint64_t hash = 0;
+    for (int32_t i = 0; i < count; ++i)
+        if (strcmp(metadata[i].key, "checksum") != 0)
+            hash = hash_text(metadata[i].value, hash_text(metadata[i].key, hash));
+    return hash;
+}
+
+/* Adds a tensor whose rows have the given hash. */
+static uint64_t hash_tensor(const struct plora__tensor *tensor, uint64_t rows, uint64_t hash)
+{
+    return plora__hash(&rows, sizeof rows, hash_text(tensor->name, hash));
+}
+
+/* Of what is to be saved, from device memory. */
+static plora_status checksum_here(const plora_context *context, const struct description *description,
+                                  const struct tensors *tensors, uint64_t *checksum)
+{
+    *checksum = hash_metadata(description->entries, description->count);
+    for (int32_t i = 0; i < tensors->count; ++i) {
+        const struct plora__tensor *tensor = &tensors->list[i];
+        const int64_t *shape = tensor->shape, arena = PLORA__ARENA_ALIGNMENT;
+        plora_matrix matrix = {tensor->data, shape[0] / arena, arena, arena, PLORA_F32, 0};
+        if (tensor->dimensions == 2) {
+            const int32_t dtype = plora__tensor_dtype(tensor);
+            const int64_t stride = (int64_t)(tensor->stride_bytes / plora__dtype_size(dtype));
+            matrix = (plora_matrix){tensor->data, shape[0], shape[1], stride, dtype, 0};
+        }
+        uint64_t rows;
+        PLORA_TRY(plora__ledger_hash_weight(context, &matrix, &rows));
+        *checksum = hash_tensor(tensor, rows, *checksum);
+    }
+    return PLORA_OK;
+}
+
+/* The same of a file. */
+static uint64_t checksum_there(const struct plora__safetensors *file)
+{
+    uint64_t checksum = hash_metadata(file->metadata, file->metadata_count);
+    for (int32_t i = 0; i < file->tensor_count; ++i) {
+        const struct plora__tensor *tensor = &file->tensors[i];
+        const int matrix = tensor->dimensions == 2 && tensor->shape[0] > 0;
+        const size_t bytes = matrix ? tensor->bytes / (size_t)tensor->shape[0] : (size_t)ARENA_ROW;
+        const int64_t rows = bytes > 0 ? (int64_t)(tensor->bytes / bytes) : 0;
+        checksum = hash_tensor(tensor, plora__hash_rows(tensor->data, rows, bytes, bytes, 0), checksum);
+    }
+    return checksum;
+}
+
+static plora_status check_checksum(const struct plora__safetensors *file)
+{
+    char here[VALUE_BYTES];
+    const char *there = plora__safetensors_metadata(file, "checksum");
+    snprintf(here, sizeof here, "%016" PRIx64, checksum_there(file));
+    PLORA_CHECK(there != NULL && strcmp(there, here) == 0, PLORA_ERROR_FORMAT,
+                "the checkpoint is damaged: its checksum is %.100s, its contents have %s",
+                there == NULL ? "absent" : there, here);
+    return PLORA_OK;
+}
+
 plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
                                    uint32_t flags)
 {
     PLORA_TRY(check_handles(adapters, optimizer, path));
     PLORA_CHECK((flags & ~(uint32_t)PLORA_CHECKPOINT_WEIGHTS) == 0, PLORA_ERROR_INVALID_ARGUMENT, "unknown flags 0x%x",
                 (unsigned)flags);
+    PLORA_CHECK(adapters->ledger == NULL || adapters->ledger->position >= 0, PLORA_ERROR_INVALID_ARGUMENT,
+                "how many of the ledger's records the weights hold is not known: roll them back to some");
     plora_context *context = adapters->model->context;
     struct description description;
     struct tensors tensors = {0};
@@ -202,6 +287,11 @@ plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *op
     PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
     double norm;
     if (optimizer != NULL) PLORA_TRY_OUT(plora__optimizer_settle(optimizer, 0, &norm, NULL));
+    uint64_t checksum;
+    PLORA_TRY_OUT(checksum_here(context, &description, &tensors, &checksum));
+    char *text = description.values[description.count];
+    snprintf(text, VALUE_BYTES, "%016" PRIx64, checksum);
+    description.entries[description.count++] = (struct plora__metadata){"checksum", text};
     status =
         plora__safetensors_write(context, path, tensors.list, tensors.count, description.entries, description.count);
 out:
@@ -235,6 +325,7 @@ static plora_status check_options(const struct plora__safetensors *file, const s
             PLORA_CHECK(there != NULL && strcmp(there, here) == 0, PLORA_ERROR_FORMAT,
                         "not a checkpoint of this version: %s is '%.100s', not '%s'", key,
                         there == NULL ? "absent" : there, here);
+        if (strncmp(key, "state.ledger", 12) == 0) continue; /* read_position() */
         PLORA_CHECK(there != NULL || plora__safetensors_find(file, "first_moment") != NULL,
                     PLORA_ERROR_INVALID_ARGUMENT, "the checkpoint was made without an optimizer: it has no %s", key);
         PLORA_CHECK(there != NULL, PLORA_ERROR_FORMAT, "the checkpoint has no %s", key);
@@ -377,6 +468,38 @@ static int has_weights(const struct plora__safetensors *file)
     return 0;
 }
 
+/* How many of the ledger's records the weights of the checkpoint hold. Without a ledger on either side it stays 0. */
+static plora_status read_position(const struct plora__safetensors *file, const plora_ledger *ledger, int64_t *position)
+{
+    uint64_t lineage;
+    const int with_ledger = plora__safetensors_metadata(file, "state.ledger_records") != NULL;
+    *position = 0;
+    PLORA_CHECK(with_ledger || ledger == NULL, PLORA_ERROR_INVALID_ARGUMENT,
+                "the checkpoint was made without a ledger, but there is one");
+    if (!with_ledger) return PLORA_OK;
+    PLORA_TRY(read_counter(file, "state.ledger_records", 0, position));
+    PLORA_TRY(read_unsigned(file, "state.ledger_lineage", &lineage));
+    PLORA_CHECK(ledger != NULL || *position == 0 || has_weights(file), PLORA_ERROR_INVALID_ARGUMENT,
+                "the weights of the checkpoint are in a ledger of %" PRId64 " records, but there is none", *position);
+    if (ledger == NULL) return PLORA_OK;
+    PLORA_CHECK(*position <= ledger->store.count, PLORA_ERROR_INVALID_ARGUMENT,
+                "the checkpoint was made with a ledger of %" PRId64 " records, this one has %" PRId64, *position,
+                ledger->store.count);
+    PLORA_CHECK(lineage == plora__ledger_lineage(&ledger->store, *position), PLORA_ERROR_INVALID_ARGUMENT,
+                "the checkpoint was made with another ledger: lineage %016" PRIx64 " after %" PRId64
+                " records, here it is %016" PRIx64,
+                lineage, *position, plora__ledger_lineage(&ledger->store, *position));
+    return PLORA_OK;
+}
+
+/* The weights of the checkpoint came from its file: the ledger follows. */
+static plora_status follow_weights(plora_ledger *ledger, int64_t position)
+{
+    if (ledger->hash_weights) PLORA_TRY(plora__ledger_hash_weights(ledger));
+    ledger->position = position;
+    return PLORA_OK;
+}
+
 plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *optimizer, const char *path)
 {
     PLORA_TRY(check_handles(adapters, optimizer, path));
@@ -385,18 +508,33 @@ plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *op
     struct description description;
     struct tensors tensors = {0};
     struct state state = {0};
+    struct plora__replay replay = {0};
+    plora_ledger *ledger = adapters->ledger;
+    int64_t position = 0;
     plora_status status;
     PLORA_TRY(plora__safetensors_open(context, path, &file));
     PLORA_TRY_OUT(describe(&description, adapters, optimizer));
     PLORA_TRY_OUT(check_options(&file, &description));
     PLORA_TRY_OUT(read_state(&file, optimizer != NULL, &state));
+    PLORA_TRY_OUT(read_position(&file, ledger, &position));
     PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), &tensors));
     PLORA_TRY_OUT(check_all(&file, &tensors));
+    PLORA_TRY_OUT(check_checksum(&file));
+    PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
+    if (ledger != NULL && !has_weights(&file)) PLORA_TRY_OUT(plora__replay_prepare(ledger, position, &replay));
+    if (ledger != NULL) PLORA_TRY_OUT(plora__ledger_cut(&ledger->store, position));
+
+    if (replay.ledger != NULL)
+        PLORA_TRY_OUT(plora__replay_run(&replay));
+    else if (ledger != NULL)
+        ledger->position = -1;
     PLORA_TRY_OUT(copy_all(context, &file, &tensors));
+    if (ledger != NULL && replay.ledger == NULL) PLORA_TRY_OUT(follow_weights(ledger, position));
     if (optimizer != NULL)
         PLORA_TRY_OUT(context->backend->clear(context->device, optimizer->state, sizeof *optimizer->state, NULL));
     set_state(adapters, optimizer, &state);
 out:
+    if (replay.ledger != NULL) plora__replay_free(&replay);
     plora__free(context, tensors.block, tensors.bytes);
     plora__text_free(&description.adapters);
     plora__safetensors_close(&file);

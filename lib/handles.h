@@ -14,13 +14,20 @@
 
 enum { PLORA__ALIGNMENT = 64, PLORA__ARENA_ALIGNMENT = 16 /* elements */ };
 
+/* Live allocations and their history. */
+struct plora__memory_count {
+    atomic_size_t current_bytes, peak_bytes;
+    atomic_int_fast64_t allocations;
+};
+
 struct plora_context {
     atomic_int references;
     plora_context_options options;
     const struct plora_backend *backend;
     void *device;
-    atomic_size_t current_bytes, peak_bytes, mapped_bytes;
-    atomic_int_fast64_t allocations;
+    struct plora__memory_count host_memory;
+    struct plora__memory_count device_memory; /* 0 on the CPU, whose device memory is host memory */
+    atomic_size_t mapped_bytes;
 };
 
 /* context.c: memory through the host's hooks, 64-byte aligned, counted; failures leave a message. zero bytes give NULL. */
@@ -73,6 +80,7 @@ struct plora_model {
     int32_t layer_count, layer_capacity;
     atomic_int adapters_made;         /* > 0: no more layers may be added */
     struct plora__model_files *files; /* NULL for a host-built model */
+    char *path;                       /* as given to plora_model_open(); NULL for a host-built model */
 };
 
 void plora__model_retain(plora_model *model);
@@ -117,10 +125,14 @@ struct plora_adapters {
     void *merge_workspace; /* device */
     size_t merge_workspace_bytes;
     struct plora__findings findings, device_findings; /* of an unload; the same layout on the host and on the device */
+    struct plora_ledger *ledger;                      /* which holds a reference to the adapters; NULL = none */
 };
 
 /* unload.c: what the backend is to merge for adapter `number` at momentum 1, without sums. */
 struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number);
+/* The same with factors from elsewhere, in device memory: a[rank, K], b[N, rank]. */
+struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
+                                              const float *b, int64_t rank, double factor);
 
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);

@@ -28,7 +28,8 @@ plora_status plora_model_open(plora_context *context, const char *path, plora_mo
                 path == NULL ? "path" : "model");
     plora_model *opened;
     PLORA_TRY(plora_model_create(context, &opened));
-    const plora_status status = plora__model_files_open(opened, path);
+    plora_status status = plora__model_files_open(opened, path);
+    if (status == PLORA_OK) status = plora__duplicate(context, path, &opened->path);
     if (status != PLORA_OK) {
         plora_model_destroy(opened);
         return status;
@@ -51,6 +52,7 @@ void plora__model_release(plora_model *model)
     plora__free(context, model->layers, (size_t)model->layer_capacity * sizeof *model->layers);
     plora__free(context, model->weights, (size_t)model->weight_capacity * sizeof *model->weights);
     plora__model_files_close(context, model->files);
+    plora__free_string(context, model->path);
     plora__free(context, model, sizeof *model);
     plora__context_release(context);
 }

@@ -1,6 +1,6 @@
 /* unload.c: the end of a stage: every adapter moves into its weight, and what remains of it starts again (arXiv 2402.16141).
  *
- *     check everything -> merge weight by weight -> scale or draw A, B -> optimizer -> gradients 0 -> next stage
+ *     check everything -> ledger -> merge weight by weight -> scale or draw A, B -> optimizer -> gradients 0 -> next stage
  *
  * Whether a merge would overflow is nearly always settled without reading W: no finite W can overflow while |D| stays below half
  * a unit in the last place of the largest finite number, and |D| <= R |m s| max|A| max|B|. Only past that bound the backend goes
@@ -9,25 +9,25 @@
 #include <string.h>
 
 #include "dtype.h"
-#include "handles.h"
+#include "ledger.h"
 
 static const char *name_of(const plora_adapters *adapters, const struct plora__adapter *adapter)
 {
     return adapters->model->layers[adapter->layer].name;
 }
 
-struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number)
+struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
+                                              const float *b, int64_t rank, double factor)
 {
     const struct plora__adapter *adapter = &adapters->adapters[number];
     const struct plora__weight *weight = &adapters->model->weights[adapter->weight];
-    const float *a = adapters->parameters + adapter->a_offset, *b = adapters->parameters + adapter->b_offset;
     struct plora__merge_args args = {
         .weight = weight->matrix,
-        .rank = adapter->rank,
-        .factor = (float)adapter->scale,
+        .rank = rank,
+        .factor = (float)factor,
         .rounding = PLORA_ROUND_NEAREST,
         .left = b,
-        .left_row_stride = adapter->rank,
+        .left_row_stride = rank,
         .left_rank_stride = 1,
         .right = a,
         .right_rank_stride = adapter->in_features,
@@ -40,9 +40,16 @@ struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32
         args.left_rank_stride = adapter->in_features;
         args.right = b;
         args.right_rank_stride = 1;
-        args.right_column_stride = adapter->rank;
+        args.right_column_stride = rank;
     }
     return args;
+}
+
+struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number)
+{
+    const struct plora__adapter *adapter = &adapters->adapters[number];
+    return plora__merge_factors(adapters, number, adapters->parameters + adapter->a_offset,
+                                adapters->parameters + adapter->b_offset, adapter->rank, adapter->scale);
 }
 
 /* No finite weight of the dtype becomes infinite by adding less than this: a quarter of the last place of the largest one. */
@@ -237,7 +244,9 @@ plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, 
     if (optimizer != NULL) PLORA_TRY(plora__optimizer_settle(optimizer, 0, &norm, stream));
     PLORA_TRY(check_values(adapters, options.momentum, stream));
 
+    if (adapters->ledger != NULL) PLORA_TRY(plora__ledger_append(adapters->ledger, &options, stream));
     PLORA_TRY(merge_all(adapters, options.momentum, report != NULL, stream));
+    if (adapters->ledger != NULL) plora__ledger_commit(adapters->ledger, stream);
     if (report != NULL) fill_report(adapters, options.momentum, &result);
     PLORA_TRY(restart(adapters, options.momentum, stream));
     if (optimizer != NULL) PLORA_TRY(plora__optimizer_unload(optimizer, options.moments, options.momentum, stream));

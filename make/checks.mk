@@ -2,14 +2,14 @@
 
 # ---------------------------------------------------------------------------------------------------------------- test
 # CHECKS are further suites, each a target of this Makefile.
-CHECKS ?= header abi test-install
+CHECKS ?= header abi test-install without-cuda kill-finetune $(if $(filter 1,$(CUDA)),test-emulator test-ladder)
 CHECK_SUITES = $(foreach check,$(CHECKS),'$(check)=$(MAKE) --no-print-directory BUILD=$(BUILD) $(check)')
 PYTEST := $(if $(wildcard tests/python/test_*.py),\
     'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python')
 
 .PHONY: test test-c header abi abi-update test-install
-test: all $(TESTS) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
-	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(BUILD)/quickstart $(PYTEST)
+test: all $(TESTS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(EMULATED_SUITES) $(BUILD)/quickstart $(PYTEST)
 test-c: $(TESTS)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS)
 
@@ -23,6 +23,15 @@ abi-update: $(BUILD)/libplora.so
 	@CC='$(CC)' $(PYTHON) tests/abi/abi.py $< --update
 test-install: all | deps-tests
 	@CC='$(CC)' sh tests/install/check.sh $(BUILD)
+
+# A run that is killed and resumed ends with the bits of one that was not: short in `make test`, KILLS times here.
+KILLS ?= 1000
+.PHONY: test-kill kill-finetune
+kill-finetune: $(BUILD)/finetune
+	@$(PYTHON) tests/kill/finetune.py $(BUILD)/finetune tests/data/tiny_llama_tied --kills 20
+test-kill: $(BUILD)/tests/test_kill $(BUILD)/finetune
+	PLORA_KILLS=$(KILLS) $(BUILD)/tests/test_kill
+	$(PYTHON) tests/kill/finetune.py $(BUILD)/finetune tests/data/tiny_llama_tied --kills $(KILLS)
 
 # ---------------------------------------------------------------------------------------------------------- sanitizers
 # Each runs the C tests from a build of its own. PLORA_TEST_QUICK=1 asks the tests for their smaller shapes.
@@ -40,7 +49,8 @@ tsan:
 	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=1 $(SANITIZED) OPENMP= CFLAGS='-O1 -g -fsanitize=thread'
 # Valgrind 3.19 knows AVX2 but not AVX-512: cpu_isa() sees that in its CPUID; oneDNN must be told, and is told SSE 4.1, because its
 # AVX2 products read a register's width past the end of buffers of its own.
-VALGRIND = valgrind -q --leak-check=full --errors-for-leak-kinds=definite --error-exitcode=99
+VALGRIND = valgrind -q --suppressions=tests/valgrind.supp --leak-check=full --errors-for-leak-kinds=definite \
+           --error-exitcode=99
 valgrind: | deps-valgrind
 	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=SSE41 $(SANITIZED) TEST_WRAPPER='$(VALGRIND)'
 
@@ -77,8 +87,8 @@ lint-scripts: $(BUILD)/venv-test/ready
 	@$(PYTHON) -c 'import ast, sys; [ast.parse(open(name, encoding="utf-8").read(), name) for name in sys.argv[1:]]' $(PY_FILES)
 	$(BUILD)/venv-test/bin/ruff check --quiet --no-cache --select E,F,W,B --ignore E501,B905 $(PY_FILES)
 TIDY_FLAGS = $(filter-out -fPIC,$(ALL_FLAGS)) -Itests -Iexamples/finetune $(LEVEL_$(lastword $(LEVELS))) \
-             -DCPU_ISA=$(lastword $(LEVELS))
-lint-tidy: | deps-lint deps-build deps-examples deps-tests
+             -DCPU_ISA=$(lastword $(LEVELS)) -Itests/emulator $(CUDA_TEST_INCLUDES) -DCUDA_FATBINS=
+lint-tidy: $(CUDA_LIBRARIES_READY) | deps-lint deps-build deps-examples deps-tests
 	@echo 'clang-tidy-14 over $(words $(filter %.c,$(C_FILES))) files'
 	@printf '%s\n' $(filter %.c,$(C_FILES)) | xargs -P$(JOBS) -I{} \
 	    sh -c 'clang-tidy-14 --quiet {} -- $(TIDY_FLAGS) 2>/dev/null || { echo "clang-tidy: {}"; exit 1; }'

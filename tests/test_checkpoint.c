@@ -70,18 +70,21 @@ static void run_steps(struct run *run, int first, int last)
         float *gradients;
         int64_t count;
         CHECK_OK(plora_adapters_gradients(run->adapters, &gradients, &count));
+        float *host = device_mirror(gradients, (size_t)count * sizeof *gradients);
         check_reseed(1000 + (uint64_t)step);
         for (int32_t layer = 0; layer < LAYERS; ++layer) {
             plora_adapter adapter = PLORA_ADAPTER_INIT;
             if (plora_adapters_layer(run->adapters, layer, &adapter) != PLORA_OK) continue;
+            float *a = device_host_of(adapter.a_gradient.data), *b = device_host_of(adapter.b_gradient.data);
             for (int64_t i = 0; i < adapter.a.rows * adapter.a.columns; ++i)
-                ((float *)adapter.a_gradient.data)[i] = (float)check_uniform();
+                a[i] = (float)check_uniform();
             for (int64_t i = 0; i < adapter.b.rows * adapter.b.columns; ++i)
-                ((float *)adapter.b_gradient.data)[i] = (float)check_uniform();
+                b[i] = (float)check_uniform();
         }
         CHECK_OK(plora_adapters_set_dropout_position(run->adapters, (uint64_t)step, 3));
-        CHECK_OK(plora_optimizer_step(run->optimizer, 0.5, NULL, NULL));
-        if (step % 5 == 4) CHECK_OK(plora_unload(run->adapters, run->optimizer, NULL, NULL, NULL));
+        CHECK_OK(DEVICE(plora_optimizer_step(run->optimizer, 0.5, NULL, NULL)));
+        if (step % 5 == 4) CHECK_OK(DEVICE(plora_unload(run->adapters, run->optimizer, NULL, NULL, NULL)));
+        device_forget(host);
     }
 }
 
@@ -95,10 +98,15 @@ static void check_same_runs(struct run *a, struct run *b, const char *what)
     CHECK(count == b_count, "%s: %lld and %lld parameters", what, (long long)count, (long long)b_count);
     CHECK_OK(plora_optimizer_state(a->optimizer, &x[1], &x[2], NULL, &a_step));
     CHECK_OK(plora_optimizer_state(b->optimizer, &y[1], &y[2], NULL, &b_step));
-    for (int i = 0; i < 3; ++i)
+    for (int i = 0; i < 3; ++i) {
+        x[i] = device_mirror(x[i], (size_t)count * sizeof(float));
+        y[i] = device_mirror(y[i], (size_t)count * sizeof(float));
         CHECK((x[i] == NULL) == (y[i] == NULL) &&
                   (x[i] == NULL || memcmp(x[i], y[i], (size_t)count * sizeof(float)) == 0),
               "%s: arena %d differs", what, i);
+        device_forget(x[i]);
+        device_forget(y[i]);
+    }
     CHECK(a_step == b_step && plora_adapters_stage(a->adapters) == plora_adapters_stage(b->adapters), "%s: counters",
           what);
     CHECK(plora_optimizer_learning_rate(a->optimizer) == plora_optimizer_learning_rate(b->optimizer), "%s: schedule",
@@ -115,11 +123,16 @@ static void check_same_runs(struct run *a, struct run *b, const char *what)
     check_reseed(9);
     for (int i = 0; i < 28; ++i)
         input[i / 7][i % 7] = (float)check_uniform();
+    memset(output, 0, sizeof output);
+    device_twin(input, sizeof input);
+    device_twin(output, sizeof output);
     for (int k = 0; k < 2; ++k) {
-        const plora_matrix in = {input, 4, 7, 7, PLORA_F32, 0}, out = {output[k], 4, 5, 9, PLORA_F32, 0};
-        memset(output[k], 0, sizeof output[k]);
-        CHECK_OK(plora_linear_forward((k ? b : a)->adapters, 0, &in, &out, PLORA_LINEAR_DROPOUT, NULL));
+        const plora_matrix in = {device_of(input), 4, 7, 7, PLORA_F32, 0},
+                           out = {device_of(output[k]), 4, 5, 9, PLORA_F32, 0};
+        CHECK_OK(DEVICE(plora_linear_forward((k ? b : a)->adapters, 0, &in, &out, PLORA_LINEAR_DROPOUT, NULL)));
     }
+    device_forget(input);
+    device_forget(output);
     CHECK(memcmp(output[0], output[1], sizeof output[0]) == 0, "%s: a forward with dropout differs", what);
 }
 
@@ -135,7 +148,7 @@ static void resumed(void **state)
                 plora_checkpoint_save(whole.adapters, whole.optimizer, file_path("run"), PLORA_CHECKPOINT_WEIGHTS));
             run_open(&second, NULL, algorithm);
             run_steps(&second, 0, 2); /* whatever it held before */
-            CHECK_OK(plora_checkpoint_load(second.adapters, second.optimizer, file_path("run")));
+            CHECK_OK(DEVICE(plora_checkpoint_load(second.adapters, second.optimizer, file_path("run"))));
             check_same_runs(&whole, &second, "loaded");
             run_steps(&whole, at, at + 7);
             run_steps(&second, at, at + 7);
@@ -158,7 +171,7 @@ static void parts(void **state)
     CHECK_OK(plora_checkpoint_save(a.adapters, a.optimizer, file_path("run"), 0));
     for (int i = 0; i < LAYERS; ++i)
         check_matrix_snapshot(&b.weights[i]);
-    CHECK_OK(plora_checkpoint_load(b.adapters, NULL, file_path("run")));
+    CHECK_OK(DEVICE(plora_checkpoint_load(b.adapters, NULL, file_path("run"))));
     for (int i = 0; i < LAYERS; ++i)
         check_matrix_unchanged(&b.weights[i], "a weight that is not in the file");
     CHECK(plora_adapters_stage(b.adapters) == 1, "stage %lld", (long long)plora_adapters_stage(b.adapters));
@@ -166,7 +179,7 @@ static void parts(void **state)
     CHECK_OK(plora_optimizer_state(b.optimizer, NULL, NULL, NULL, &step));
     CHECK(step == 0, "the optimizer was not given, but is at step %lld", (long long)step);
     CHECK_OK(plora_checkpoint_save(a.adapters, NULL, file_path("run"), 0));
-    CHECK_OK(plora_checkpoint_load(b.adapters, NULL, file_path("run")));
+    CHECK_OK(DEVICE(plora_checkpoint_load(b.adapters, NULL, file_path("run"))));
     CHECK_FAILS(plora_checkpoint_load(b.adapters, b.optimizer, file_path("run")), PLORA_ERROR_INVALID_ARGUMENT,
                 "without an optimizer");
     CHECK_FAILS(plora_checkpoint_save(a.adapters, b.optimizer, file_path("run"), 0), PLORA_ERROR_INVALID_ARGUMENT,
@@ -272,7 +285,7 @@ static void damaged(void **state)
     run_steps(&twin, 0, 8);
     for (int change = 0; change < CHECK_COUNT(cases); ++change) {
         rewrite(run.context, file_path("run"), file_path("bad"), change);
-        CHECK_FAILS(plora_checkpoint_load(run.adapters, run.optimizer, file_path("bad")), cases[change].status,
+        CHECK_FAILS(DEVICE(plora_checkpoint_load(run.adapters, run.optimizer, file_path("bad"))), cases[change].status,
                     cases[change].message, "/bad: ");
         check_same_runs(&run, &twin, "after a refused load");
     }

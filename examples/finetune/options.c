@@ -61,6 +61,8 @@ static const struct option OPTIONS[] = {
     {"checkpoint-every", INTEGER, AT(checkpoint_every), 0, HUGE_COUNT, NULL, 0, "0 = at the end and on a signal"},
     {"stop-after", INTEGER, AT(stop_after), 0, HUGE_COUNT, NULL, 0,
      "end with a checkpoint after N steps of this call, as a signal does; 0 = off"},
+    {"ledger", TEXT, AT(ledger), 0, 0, NULL, 0,
+     "FILE: plora: keep every unload; checkpoints then need no weights, and any stage comes back"},
     {"resume", FLAG, AT(resume), 0, 0, NULL, 0, "go on from the checkpoint in --output"},
     {"sample", INTEGER, AT(sample), 0, 1e6, NULL, 0,
      "greedy answers to the first N held-out prompts, before and after"},
@@ -158,6 +160,7 @@ static int check(const struct options *options)
     if (!options->output) return fault("--output is missing (see --help)");
     if (options->method == METHOD_PLORA && options->period == 0) return fault("--method plora needs --period");
     if (options->method == METHOD_LORA && options->period > 0) return fault("--period belongs to --method plora");
+    if (options->method == METHOD_LORA && options->ledger) return fault("--ledger belongs to --method plora");
     if (options->method == METHOD_LORA && options->momentum != 1) return fault("--momentum belongs to --method plora");
     if (options->batch % options->accumulate != 0)
         return fault("--batch %lld is no multiple of --accumulate %lld", (long long)options->batch,

@@ -8,7 +8,7 @@
 enum { METHOD_LORA, METHOD_PLORA };
 
 struct options {
-    const char *model, *train, *heldout, *output, *targets;
+    const char *model, *train, *heldout, *output, *targets, *ledger;
     int64_t method, schedule, dtype;
     int64_t rank, warmup, rewarmup, steps, batch, accumulate, period, seed, threads;
     int64_t eval_every, heldout_examples, checkpoint_every, stop_after, sample, max_new_tokens, eos;

@@ -27,6 +27,7 @@ struct run {
     struct llama *llama;
     plora_adapters *adapters;
     plora_optimizer *optimizer;
+    plora_ledger *ledger; /* NULL without --ledger */
     struct dataset train, heldout;
     struct order order;
     struct batch batch;
@@ -145,6 +146,7 @@ static void close_all(struct run *run)
     order_free(&run->order);
     dataset_free(&run->train);
     dataset_free(&run->heldout);
+    plora_ledger_destroy(run->ledger);
     plora_optimizer_destroy(run->optimizer);
     plora_adapters_destroy(run->adapters);
     llama_close(run->llama);
@@ -157,6 +159,16 @@ static void close_all(struct run *run)
 
 /* --------------------------------------------------------------------------------------------------- begin and go on */
 
+/* The weights are still what the model's files say: the ledger's W_0. */
+static int open_ledger(struct run *run)
+{
+    plora_ledger_options options = PLORA_LEDGER_OPTIONS_INIT;
+    if (!run->options->ledger) return 0;
+    options.path = run->options->ledger;
+    LIBRARY(plora_ledger_open(run->adapters, &options, &run->ledger));
+    return 0;
+}
+
 static int begin_fresh(struct run *run, const char *options)
 {
     /* what an older run left here must not be taken for this one's */
@@ -166,6 +178,9 @@ static int begin_fresh(struct run *run, const char *options)
         return fault("cannot remove %s: %s", run->result_file, strerror(errno));
     if (unlink(run->samples_file) != 0 && errno != ENOENT)
         return fault("cannot remove %s: %s", run->samples_file, strerror(errno));
+    if (run->options->ledger && unlink(run->options->ledger) != 0 && errno != ENOENT)
+        return fault("cannot remove %s: %s", run->options->ledger, strerror(errno));
+    TRY(open_ledger(run));
     TRY(file_write(run->run_file, options, strlen(options)));
     return journal_open(run->options->output, run->options->steps, -1, &run->journal);
 }
@@ -178,6 +193,7 @@ static int go_on(struct run *run, const char *options)
     const int same = options_same_run(then, options);
     free(then);
     TRY(same);
+    TRY(open_ledger(run));
     LIBRARY(plora_checkpoint_load(run->adapters, run->optimizer, run->checkpoint));
     int64_t since;
     LIBRARY(plora_optimizer_state(run->optimizer, NULL, NULL, NULL, &since));
@@ -374,7 +390,8 @@ static int unload(struct run *run, double momentum, int final)
 
 static int save_checkpoint(struct run *run)
 {
-    const uint32_t flags = plora_adapters_stage(run->adapters) > 0 ? PLORA_CHECKPOINT_WEIGHTS : 0;
+    const int changed = plora_adapters_stage(run->adapters) > 0 && !run->ledger; /* else they can be rebuilt */
+    const uint32_t flags = changed ? PLORA_CHECKPOINT_WEIGHTS : 0;
     LIBRARY(plora_checkpoint_save(run->adapters, run->optimizer, run->checkpoint, flags));
     return 0;
 }
