@@ -1,14 +1,14 @@
 /* batch.cu: many adapters in one batch: y[t] += s (x[t] A^T) B^T, the adapter of each token from a list of segments.
  *
- * A block works on a tile of at most 64 tokens of one segment; plora__batch_cut() has numbered them. It reads the rows of x and y where
- * they lie, and A and B as they are, in fp32:
+ * A block works on a tile of at most 64 tokens of one segment; plora__batch_cut() has numbered them. It reads the rows
+ * of x and y where they lie, and A and B as they are, in fp32:
  *
  *     list of tokens   | segment 0                      | 1    | 2 (slot -1) | 3            |
  *     tiles            | 0            | 1               | 2    |             | 3            |
  *
- * A launch covers all segments, with a grid for the largest rank: blocks beyond the rank of their slot end at once. shrink cuts the sum
- * over K in parts of BATCH_SPLIT columns, so that few tokens fill the machine too; expand adds the parts in their order. Every
- * token's sums are formed in the same order whatever else is in the batch. */
+ * A launch covers all segments, with a grid for the largest rank: blocks beyond the rank of their slot end at once.
+ * shrink cuts the sum over K in parts of BATCH_SPLIT columns, so that few tokens fill the machine too; expand adds the
+ * parts in their order. Every token's sums are formed in the same order whatever else is in the batch. */
 #include "backend.h"
 #include "cuda_common.cuh"
 
@@ -77,10 +77,10 @@ static __device__ __forceinline__ float4 batch_low(const struct batch_params &p,
 
 /* ------------------------------------------------------------------------------------------------------------- fp32 */
 
-/* Grid: tiles * ceil(low_stride / 32) * splits blocks of 256 threads; thread (rank % 16, token / 4) of a block sums 4 tokens x 2 ranks.
- * Shared: 27 KB, two stages of x[64][32] and A[32][32], rows padded by 16 bytes against bank conflicts; the next stage is on its way in
- * registers while one is multiplied. Reads 4 (bf16: 2) bytes of each element of x for every 32 ranks, 4 bytes of each of A for every
- * tile of its segment. */
+/* Grid: tiles * ceil(low_stride / 32) * splits blocks of 256 threads; thread (rank % 16, token / 4) of a block sums 4
+ * tokens x 2 ranks. Shared: 27 KB, two stages of x[64][32] and A[32][32], rows padded by 16 bytes against bank
+ * conflicts; the next stage is on its way in registers while one is multiplied. Reads 4 (bf16: 2) bytes of each element
+ * of x for every 32 ranks, 4 bytes of each of A for every tile of its segment. */
 struct batch_stage {
     float4 x[PLORA__BATCH_TILE][LINEAR_FMA_STEP / 4 + 1];
     float4 a[LINEAR_FMA_RANKS][LINEAR_FMA_STEP / 4 + 1];
@@ -148,9 +148,9 @@ extern "C" __global__ void __launch_bounds__(LINEAR_FMA_THREADS, 2)
     }
 }
 
-/* Grid: tiles * ceil(N / 64) blocks of 256 threads; thread (column / 4, token / 4) of a block computes 4 tokens x 4 columns. Shared: 9
- * KB, low[64][16] and B^T[16][64], 16 ranks at a time. Reads and writes each element of y once, in runs of 4; reads 4 bytes of each of B
- * for every tile of its segment, and low for every 64 columns. */
+/* Grid: tiles * ceil(N / 64) blocks of 256 threads; thread (column / 4, token / 4) of a block computes 4 tokens x 4
+ * columns. Shared: 9 KB, low[64][16] and B^T[16][64], 16 ranks at a time. Reads and writes each element of y once, in
+ * runs of 4; reads 4 bytes of each of B for every tile of its segment, and low for every 64 columns. */
 struct batch_expand_stage {
     float4 low[PLORA__BATCH_TILE][LINEAR_RANK_PAD / 4 + 1];
     float4 factor[LINEAR_RANK_PAD][LINEAR_TILE / 4];
@@ -276,9 +276,10 @@ static __device__ __forceinline__ void batch_store_a(struct bf16_tile *tile, con
 }
 #endif
 
-/* Grid: tiles * ceil(low_stride / 64) * splits blocks of 4 warps, each of which sums 16 tokens x 64 ranks by mma.sync; those without
- * tokens only fill. Shared: 32 KB, two stages of a tile of x and a tile of A; x comes by cp.async, A through registers, where it is
- * rounded. Reads 2 bytes of each element of x for every 64 ranks, 4 bytes of each of A for every tile of its segment. */
+/* Grid: tiles * ceil(low_stride / 64) * splits blocks of 4 warps, each of which sums 16 tokens x 64 ranks by mma.sync;
+ * those without tokens only fill. Shared: 32 KB, two stages of a tile of x and a tile of A; x comes by cp.async, A
+ * through registers, where it is rounded. Reads 2 bytes of each element of x for every 64 ranks, 4 bytes of each of A
+ * for every tile of its segment. */
 extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     batch_shrink_bf16_kernel(const __grid_constant__ struct batch_params p)
 {
@@ -327,9 +328,10 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
 #endif
 }
 
-/* Grid: tiles * ceil(N / 64) blocks of 4 warps, each of which computes 16 tokens x 64 columns by mma.sync, 64 ranks at a time. Shared:
- * 24 KB, a tile each of y, low and B. The tile of y comes by cp.async and goes in chunks of 16 bytes: 2 bytes read and 2 written for
- * each element. Reads 4 bytes of each element of B for every tile of its segment, and low for every 64 columns. */
+/* Grid: tiles * ceil(N / 64) blocks of 4 warps, each of which computes 16 tokens x 64 columns by mma.sync, 64 ranks at
+ * a time. Shared: 24 KB, a tile each of y, low and B. The tile of y comes by cp.async and goes in chunks of 16 bytes: 2
+ * bytes read and 2 written for each element. Reads 4 bytes of each element of B for every tile of its segment, and low
+ * for every 64 columns. */
 extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     batch_expand_bf16_kernel(const __grid_constant__ struct batch_params p)
 {

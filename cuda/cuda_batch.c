@@ -1,10 +1,11 @@
-/* cuda_batch.c: many adapters in one batch, in two launches: low = x A^T in parts, y += s (sum of the parts) B^T (batch.cu).
+/* cuda_batch.c: many adapters in one batch, in two launches: low = x A^T in parts, y += s (sum of the parts) B^T
+ * (batch.cu).
  *
- * Precision: where x and y are bf16 (and the device has the tensor cores for it), A, B and low are rounded to bf16; otherwise all of it
- * is fp32.
+ * Precision: where x and y are bf16 (and the device has the tensor cores for it), A, B and low are rounded to bf16;
+ * otherwise all of it is fp32.
  *
- * Workspace: low, in fp32, a part for every BATCH_SPLIT columns of x. How x is cut depends on K alone, so that a token's sums do not
- * depend on the rest of the batch. */
+ * Workspace: low, in fp32, a part for every BATCH_SPLIT columns of x. How x is cut depends on K alone, so that a
+ * token's sums do not depend on the rest of the batch. */
 #include "cuda.h"
 
 #include "dtype.h"
@@ -41,11 +42,11 @@ static plora_status launch(struct cuda_device *device, enum cuda_kernel kernel, 
                        params, stream);
 }
 
-plora_status cuda_batch_forward(void *opened, const struct plora__batch_args *args, void *stream)
+plora_status cuda_batch_forward(void *device, const struct plora__batch_args *args, void *stream)
 {
-    struct cuda_device *device = opened;
     if (args->tiles == 0 || args->max_rank == 0) return PLORA_OK;
-    const int bf16 = device->capability >= 80 && args->x.dtype == PLORA_BF16 && args->y.dtype == PLORA_BF16;
+    const struct cuda_device *cuda = device;
+    const int bf16 = cuda->capability >= 80 && args->x.dtype == PLORA_BF16 && args->y.dtype == PLORA_BF16;
     const int64_t splits = pieces(args->in_features, BATCH_SPLIT);
     const struct batch_params params = {.x = args->x.data,
                                         .y = args->y.data,

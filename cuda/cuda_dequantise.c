@@ -4,9 +4,8 @@
 #include "dtype.h"
 #include "nf4.h"
 
-plora_status cuda_dequantise(void *opened, const struct plora__dequantise_args *args, void *stream)
+plora_status cuda_dequantise(void *device, const struct plora__dequantise_args *args, void *stream)
 {
-    struct cuda_device *device = opened;
     const struct plora__quantised *weight = &args->weight;
     const plora_matrix *out = &args->out;
     const int int8 = weight->format == PLORA__QUANTISED_INT8;

@@ -48,8 +48,9 @@ static __device__ __forceinline__ void dequantise_store(const struct dequantise_
                make_float4(values[4], values[5], values[6], values[7]));
 }
 
-/* Grid: rows * ceil(columns / 1024) blocks of 128 threads, 8 neighbours of a row a thread. No shared memory. 1 byte read (and 4 for
- * each scale) and 4 (bf16: 2) written for each element; 8 codes at once where they begin at a multiple of 8. */
+/* Grid: rows * ceil(columns / 1024) blocks of 128 threads, 8 neighbours of a row a thread. No shared memory. 1 byte
+ * read (and 4 for each scale) and 4 (bf16: 2) written for each element; 8 codes at once where they begin at a multiple
+ * of 8. */
 extern "C" __global__ void __launch_bounds__(DEQUANTISE_THREADS)
     dequantise_int8_kernel(const __grid_constant__ struct dequantise_params p)
 {
@@ -87,8 +88,9 @@ static __device__ __forceinline__ float dequantise_absmax(const struct dequantis
     return __fadd_rn(__fmul_rn(p.map[p.nested_codes[block]], p.scales[block / PLORA__NF4_NESTED_BLOCK]), p.offset);
 }
 
-/* Grid as above. Shared: the 16 values, in 16 banks: lanes that want the same one get it at once. Half a byte read (and 4 bytes for each
- * 64 elements, doubly quantised 1) and 4 (bf16: 2) written for each element; 8 nibbles at once where they begin at a multiple of 8. */
+/* Grid as above. Shared: the 16 values, in 16 banks: lanes that want the same one get it at once. Half a byte read (and
+ * 4 bytes for each 64 elements, doubly quantised 1) and 4 (bf16: 2) written for each element; 8 nibbles at once where
+ * they begin at a multiple of 8. */
 extern "C" __global__ void __launch_bounds__(DEQUANTISE_THREADS)
     dequantise_nf4_kernel(const __grid_constant__ struct dequantise_params p)
 {

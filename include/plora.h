@@ -224,9 +224,13 @@ PLORA_API plora_status plora_model_layer(const plora_model *model, int32_t layer
  * rank is folded into rows. NOT_FOUND if absent, UNSUPPORTED if its dtype is none of PLORA_F32, BF16, F16. @since 0.1 */
 PLORA_API plora_status plora_model_find_tensor(const plora_model *model, const char *name, plora_matrix *tensor);
 
+/* Sets the residuals that the model's weights keep (PLORA_ROUND_RESIDUAL) to 0, so that the value of a weight is what it holds. For
+ * a host that has written weights itself. Waits for the stream. @since 0.1 */
+PLORA_API plora_status plora_model_clear_residuals(plora_model *model, void *stream);
+
 /* Writes all tensors of an opened model with their present values, in their original dtype, order and metadata, as one
  * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers. Atomic: a temporary file
- * beside `path`, fsync, rename; on an error `path` is as it was.
+ * beside `path`, fsync, rename; on an error `path` is as it was. Residuals are not in it: they are in checkpoints.
  * Errors: IO, OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_model_save(const plora_model *model, const char *path);
 
@@ -239,6 +243,15 @@ typedef struct plora_adapters plora_adapters;
 enum {
     PLORA_INIT_KAIMING_UNIFORM = 0, /* A ~ U(-1/sqrt(K), 1/sqrt(K)), i.e. a = sqrt(5); B = 0 */
     PLORA_INIT_GAUSSIAN = 1         /* A ~ N(0, 1/K), i.e. standard deviation 1/sqrt(K); B = 0 */
+};
+
+/* Where 16-bit weights keep their residual (PLORA_ROUND_RESIDUAL): 2 bytes a weight that has an adapter, from the first set of adapters
+ * that asks for it until the model ends; sets on one model share it. */
+enum {
+    PLORA_RESIDUAL_DEFAULT = 0, /* DEVICE; of adapters that are loaded, which are mostly served, NONE */
+    PLORA_RESIDUAL_NONE = 1,    /* never to be unloaded, or with another rounding */
+    PLORA_RESIDUAL_DEVICE = 2,
+    PLORA_RESIDUAL_HOST = 3 /* passes through the device at each unload, a weight at a time; on the CPU as DEVICE */
 };
 
 /* Rank and alpha of the layers that match `pattern` (see targets); the first match counts. 0 = as in the options. */
@@ -262,8 +275,8 @@ typedef struct plora_adapters_options {
     const char *exclude; /* patterns of layers left out all the same, or NULL */
     const plora_adapters_override *overrides;
     int64_t override_count;
-    int32_t rslora; /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
-    int32_t reserved;
+    int32_t rslora;           /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
+    int32_t residual;         /* PLORA_RESIDUAL_... */
     int64_t workspace_tokens; /* tokens of one pass over the workspace; longer calls take several. 0 = 1024 */
 } plora_adapters_options;
 
@@ -323,8 +336,8 @@ PLORA_API plora_status plora_adapters_set_workspace(plora_adapters *adapters, vo
 PLORA_API plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory);
 
 /* Creates adapters from a PEFT directory: rank from the tensor shapes, one scale per layer, bit-exact values. What is not
- * supported (DoRA, unknown keys, a trained bias ...) is refused by name. options (may be NULL) gives only seed, init, dropout
- * and workspace_tokens. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model). @since 0.1 */
+ * supported (DoRA, unknown keys, a trained bias ...) is refused by name. options (may be NULL) gives only seed, init, dropout,
+ * residual and workspace_tokens. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model). @since 0.1 */
 PLORA_API plora_status plora_adapters_load(plora_model *model, const char *directory,
                                            const plora_adapters_options *options, plora_adapters **adapters);
 
@@ -441,7 +454,20 @@ PLORA_API plora_status plora_optimizer_reset(plora_optimizer *optimizer, void *s
 
 /* ------------------------------------------------------------------------------------------------------------- unload */
 
-enum { PLORA_ROUND_NEAREST = 0, PLORA_ROUND_STOCHASTIC = 1, PLORA_ROUND_RESIDUAL = 2 };
+/* How bf16 and f16 weights take an update; an fp32 weight is rounded to nearest in any case. An update of 0.1 % of the weights is less
+ * than what one of 16 bits can tell apart: NEAREST loses nearly half of it, STOCHASTIC adds noise that grows with every
+ * unload, RESIDUAL does as well as fp32 weights (measured: docs/precision.md). So RESIDUAL is the default wherever there is room
+ * for it. */
+enum {
+    PLORA_ROUND_DEFAULT = -1, /* RESIDUAL when the weights keep residuals, else NEAREST */
+    PLORA_ROUND_NEAREST = 0,  /* ties to even */
+    /* Up or down at random, the nearer the likelier, so that the mean is right; 16 bits of Philox4x32-10 keyed by (adapters' seed, stage,
+     * layer, element of W as it is stored): the same on every rank and backend. */
+    PLORA_ROUND_STOCHASTIC = 1,
+    /* W is the nearer number (ties away from 0) to an fp32 value, whose rest is kept beside it in 16 bits and takes part in the next
+     * unload; products see W alone. bf16: the value is exact; f16: from 2^-14 on, below to 2^-41. */
+    PLORA_ROUND_RESIDUAL = 2
+};
 
 /* What becomes of the optimizer's moments, step counter and schedule. */
 enum {
@@ -453,17 +479,18 @@ enum {
 
 typedef struct plora_unload_options {
     size_t struct_size;
-    double momentum; /* m in (0, 1]: the share that moves into the backbone; 1 = all of it */
-    int32_t moments; /* PLORA_MOMENTS_... */
-    int32_t rounding;
+    double momentum;  /* m in (0, 1]: the share that moves into the backbone; 1 = all of it */
+    int32_t moments;  /* PLORA_MOMENTS_... */
+    int32_t rounding; /* PLORA_ROUND_... */
 } plora_unload_options;
 
 #define PLORA_UNLOAD_OPTIONS_INIT                                                                                      \
     {                                                                                                                  \
-        sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_NEAREST                                  \
+        sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_DEFAULT                                  \
     }
 
-/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that the stored dtype holds. */
+/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that is held: by the dtype, and with RESIDUAL by
+ * weight and residual together. */
 typedef struct plora_unload_layer {
     int32_t layer;
     int32_t rank;
@@ -471,9 +498,10 @@ typedef struct plora_unload_layer {
     double update_rms;     /* rms of D */
     double weight_rms;     /* rms of W before */
     double captured;       /* <W' - W, D> / <D, D>; 1 when D = 0 */
-    double changed;        /* share of weights whose bits changed */
+    double changed;        /* share of weights whose bits changed, residuals included */
     double lost_max;       /* max |D - (W' - W)| */
     double effective_rank; /* (sum sigma^2)^2 / sum sigma^4 over the singular values of B A; 0 when D = 0 */
+    double lost_rms;       /* rms of D - (W' - W) */
 } plora_unload_layer;
 
 typedef struct plora_unload_report {
@@ -489,15 +517,16 @@ typedef struct plora_unload_report {
     double effective_rank;      /* mean over the weights */
     plora_unload_layer *layers; /* caller's array, or NULL: the first layer_capacity weights, in layer order */
     int64_t layer_capacity;
+    double lost_rms; /* over all merged weights, as above */
 } plora_unload_report;
 
 #define PLORA_UNLOAD_REPORT_INIT                                                                                       \
     {                                                                                                                  \
-        sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0                                    \
+        sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0, 0.0                               \
     }
 
 /* Ends a stage (arXiv 2402.16141). With m = momentum and k = sqrt(1 - m), for every adapter:
- *     W <- round(W + m s B A)            fp32 accumulation, one rounding to the dtype of W, no N x K temporary
+ *     W <- round(W + m s B A)            fp32 accumulation, one rounding, no N x K temporary
  *     m = 1:  A <- fresh init of the next stage, B <- 0, and the optimizer as RESET
  *     m < 1:  A <- k A, B <- k B         so the function of the model is the same before and after: m + k^2 = 1
  * up to the rounding of W, which the report measures. The gradient arena is set to 0. Asking for a report costs time: the
@@ -505,7 +534,8 @@ typedef struct plora_unload_report {
  * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL. On CUDA the call waits for the stream: it
  * looks at A and B before it writes; UNSUPPORTED on a stream that is being captured.
  * Everything is checked before the first write: on an error nothing has changed. Errors: NON_FINITE (a value of A or B, or a
- * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT. @since 0.1 */
+ * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT (NEAREST or STOCHASTIC where a weight keeps a
+ * residual, RESIDUAL where one keeps none; the message names both). @since 0.1 */
 PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer,
                                     const plora_unload_options *options, plora_unload_report *report, void *stream);
 
@@ -515,7 +545,7 @@ enum {
     PLORA_CHECKPOINT_WEIGHTS = 1 /* also the weights that adapters are merged into: needed unless the host keeps them */
 };
 
-/* One safetensors file with adapters, moments, counters, stage and schedule position, written atomically. A run that loads it
+/* One safetensors file with adapters, moments, counters, stage, schedule position and residuals, written atomically. A run that loads it
  * goes on to the very same bits. With a ledger its position and lineage are saved too, and the weights need not be. optimizer
  * may be NULL. Errors: IO, OUT_OF_MEMORY, INVALID_ARGUMENT (a ledger whose position is not known). @since 0.1 */
 PLORA_API plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
@@ -579,7 +609,7 @@ typedef struct plora_ledger_record_info {
     int64_t stage; /* of the adapter that was unloaded */
     double momentum;
     uint64_t seed;    /* of the adapters */
-    int32_t rounding; /* PLORA_ROUND_... */
+    int32_t rounding; /* PLORA_ROUND_..., not DEFAULT */
     int32_t hashed;   /* bits: 1 = weights_before is known, 2 = weights_after */
     uint64_t lineage_before;
     uint64_t lineage_after;

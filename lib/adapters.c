@@ -22,6 +22,8 @@ plora_status plora__adapters_check_common(const plora_adapters_options *options)
                 PLORA_ERROR_INVALID_ARGUMENT, "init %d is unknown", options->init);
     PLORA_CHECK(options->dropout >= 0.0 && options->dropout < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "dropout is %g: must be in [0, 1)", options->dropout);
+    PLORA_CHECK(options->residual >= PLORA_RESIDUAL_DEFAULT && options->residual <= PLORA_RESIDUAL_HOST,
+                PLORA_ERROR_INVALID_ARGUMENT, "residual %d is unknown", options->residual);
     PLORA_CHECK(options->workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
                 (long long)options->workspace_tokens);
     return PLORA_OK;
@@ -36,7 +38,6 @@ static plora_status check_options(const plora_adapters_options *options)
     PLORA_CHECK(options->override_count >= 0 && (options->override_count == 0 || options->overrides != NULL),
                 PLORA_ERROR_INVALID_ARGUMENT, "override_count is %lld, overrides is %s",
                 (long long)options->override_count, options->overrides == NULL ? "NULL" : "given");
-    PLORA_CHECK(options->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "plora_adapters_options.reserved is not 0");
     return PLORA_OK;
 }
 
@@ -84,6 +85,7 @@ plora_status plora_adapters_create(plora_model *model, const plora_adapters_opti
     PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_adapters_options"));
     PLORA_TRY(check_options(&options));
     PLORA_TRY(check_overrides(model, &options));
+    if (options.residual == PLORA_RESIDUAL_DEFAULT) options.residual = PLORA_RESIDUAL_DEVICE;
 
     plora_context *context = model->context;
     const size_t layers = (size_t)model->layer_count;
@@ -136,6 +138,7 @@ void plora__adapters_release(plora_adapters *adapters)
     plora__device_free(context, adapters->gradients, arena_bytes);
     plora__device_free(context, adapters->own_workspace, adapters->own_workspace_bytes);
     plora__device_free(context, adapters->merge_workspace, adapters->merge_workspace_bytes);
+    plora__device_free(context, adapters->residual_staging, adapters->residual_staging_bytes);
     plora__device_free(context, adapters->segments, 2 * count * sizeof *adapters->segments);
     plora__free(context, adapters->findings.magnitudes, findings_bytes(adapters));
     plora__device_free(context, adapters->device_findings.magnitudes, findings_bytes(adapters));
@@ -326,6 +329,7 @@ plora_status plora__adapters_build(plora_model *model, const plora_adapters_opti
     PLORA_TRY_OUT(make_segments(created));
     PLORA_TRY_OUT(allocate_findings(created));
     PLORA_TRY_OUT(allocate_scratch(created));
+    PLORA_TRY_OUT(plora__residuals_keep(created)); /* last: other sets see them */
     *adapters = created;
     return PLORA_OK;
 out:

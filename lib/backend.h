@@ -260,6 +260,7 @@ struct plora_backend {
     plora_status (*scale)(void *device, float *values, int64_t count, float factor, void *stream);
 
     plora_status (*magnitudes)(void *device, const struct plora__magnitude_args *args, void *stream);
+    /* Only shapes, strides and dtype are read: it is enough for every rounding. */
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
     plora_status (*merge)(void *device, const struct plora__merge_args *args, void *stream);
 

@@ -2,6 +2,7 @@
  *
  *     tensors     parameters, first_moment, second_moment [count] fp32: the arenas as they lie in memory
  *                 weight.<layer> [rows, columns] in the weight's dtype, with PLORA_CHECKPOINT_WEIGHTS
+ *                 residual.<layer> [rows, columns] U16, of weights that keep one: with the weights, or when no ledger has them
  *     metadata    state: counters that a load restores
  *                 options: what must be the same in the run that loads, compared as text
  *                 adapters: one line per adapter, "layer N K rank scale"
@@ -79,6 +80,19 @@ static void describe_optimizer(struct description *description, const struct plo
     describe_integer(description, "optimizer.rewarmup_steps", options->rewarmup_steps);
 }
 
+static const struct plora__weight *weight_of(const plora_adapters *adapters, int32_t number)
+{
+    return &adapters->model->weights[adapters->adapters[number].weight];
+}
+
+static int64_t count_residuals(const plora_adapters *adapters)
+{
+    int64_t count = 0;
+    for (int32_t i = 0; i < adapters->adapter_count; ++i)
+        count += weight_of(adapters, i)->residual != NULL;
+    return count;
+}
+
 static plora_status describe(struct description *description, const plora_adapters *adapters,
                              const struct plora_optimizer *optimizer)
 {
@@ -92,6 +106,7 @@ static plora_status describe(struct description *description, const plora_adapte
     describe_unsigned(description, "adapters.seed", adapters->options.seed);
     describe_integer(description, "adapters.init", adapters->options.init);
     describe_real(description, "adapters.dropout", adapters->options.dropout);
+    describe_integer(description, "weights.residuals", count_residuals(adapters));
     if (optimizer != NULL) describe_optimizer(description, optimizer);
     if (adapters->ledger != NULL) {
         const plora_ledger *ledger = adapters->ledger;
@@ -127,6 +142,8 @@ static plora_status check_handles(const plora_adapters *adapters, const struct p
 
 enum { ARENAS_MAX = 3 };
 
+static const char weight_prefix[] = "weight.", residual_prefix[] = "residual.";
+
 /* The tensors that the handles hold, with their memory as data. */
 struct tensors {
     struct plora__tensor *list;
@@ -153,17 +170,18 @@ static void list_arena(struct tensors *tensors, const char *name, const float *d
     tensors->arenas = tensors->count;
 }
 
-static void list_weight(struct tensors *tensors, const char *layer, const plora_matrix *weight)
+static void list_matrix(struct tensors *tensors, const char *prefix, const char *layer, const plora_matrix *weight,
+                        const char *dtype)
 {
     const size_t size = plora__dtype_size(weight->dtype);
     int64_t *shape = tensors->shapes[tensors->count];
     char *name = tensors->names;
-    tensors->names += sprintf(name, "weight.%s", layer) + 1;
+    tensors->names += sprintf(name, "%s%s", prefix, layer) + 1;
     shape[0] = weight->rows;
     shape[1] = weight->columns;
     tensors->list[tensors->count++] = (struct plora__tensor){
         .name = name,
-        .dtype = plora__dtype_name(weight->dtype),
+        .dtype = dtype,
         .shape = shape,
         .dimensions = 2,
         .bytes = (size_t)(weight->rows * weight->columns) * size,
@@ -174,14 +192,14 @@ static void list_weight(struct tensors *tensors, const char *layer, const plora_
 }
 
 static plora_status list_tensors(const plora_adapters *adapters, const struct plora_optimizer *optimizer, int weights,
-                                 struct tensors *tensors)
+                                 int residuals, struct tensors *tensors)
 {
     const plora_model *model = adapters->model;
-    const size_t most = ARENAS_MAX + (weights ? (size_t)adapters->adapter_count : 0);
+    const size_t most = ARENAS_MAX + (size_t)(weights + residuals) * (size_t)adapters->adapter_count;
     const size_t shapes_at = most * sizeof *tensors->list, names_at = shapes_at + most * sizeof *tensors->shapes;
     *tensors = (struct tensors){.bytes = names_at};
-    for (int32_t i = 0; weights && i < adapters->adapter_count; ++i)
-        tensors->bytes += strlen(model->layers[adapters->adapters[i].layer].name) + sizeof "weight.";
+    for (int32_t i = 0; i < adapters->adapter_count; ++i)
+        tensors->bytes += 2 * (strlen(model->layers[adapters->adapters[i].layer].name) + sizeof residual_prefix);
     PLORA_TRY(plora__allocate(model->context, tensors->bytes, &tensors->block));
     tensors->list = tensors->block;
     tensors->shapes = (int64_t(*)[2])((char *)tensors->block + shapes_at);
@@ -191,9 +209,15 @@ static plora_status list_tensors(const plora_adapters *adapters, const struct pl
         list_arena(tensors, "first_moment", optimizer->first_moment, adapters->parameter_count);
         list_arena(tensors, "second_moment", optimizer->second_moment, adapters->parameter_count);
     }
-    for (int32_t i = 0; weights && i < adapters->adapter_count; ++i) {
-        const struct plora__adapter *adapter = &adapters->adapters[i];
-        list_weight(tensors, model->layers[adapter->layer].name, &model->weights[adapter->weight].matrix);
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const char *layer = model->layers[adapters->adapters[i].layer].name;
+        const plora_matrix *weight = &weight_of(adapters, i)->matrix;
+        if (weights) list_matrix(tensors, weight_prefix, layer, weight, plora__dtype_name(weight->dtype));
+    }
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const char *layer = model->layers[adapters->adapters[i].layer].name;
+        const plora_matrix residual = plora__residual_matrix(weight_of(adapters, i));
+        if (residuals && residual.data != NULL) list_matrix(tensors, residual_prefix, layer, &residual, "U16");
     }
     return PLORA_OK;
 }
@@ -239,7 +263,7 @@ static plora_status checksum_here(const plora_context *context, const struct des
             matrix = (plora_matrix){tensor->data, shape[0], shape[1], stride, dtype, 0};
         }
         uint64_t rows;
-        PLORA_TRY(plora__ledger_hash_weight(context, &matrix, &rows));
+        PLORA_TRY(plora__ledger_hash_weight(context, &matrix, NULL, &rows));
         *checksum = hash_tensor(tensor, rows, *checksum);
     }
     return PLORA_OK;
@@ -279,11 +303,12 @@ plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *op
     PLORA_CHECK(adapters->ledger == NULL || adapters->ledger->position >= 0, PLORA_ERROR_INVALID_ARGUMENT,
                 "how many of the ledger's records the weights hold is not known: roll them back to some");
     plora_context *context = adapters->model->context;
+    const int weights = (flags & PLORA_CHECKPOINT_WEIGHTS) != 0;
     struct description description;
     struct tensors tensors = {0};
     plora_status status;
     PLORA_TRY_OUT(describe(&description, adapters, optimizer));
-    PLORA_TRY_OUT(list_tensors(adapters, optimizer, (flags & PLORA_CHECKPOINT_WEIGHTS) != 0, &tensors));
+    PLORA_TRY_OUT(list_tensors(adapters, optimizer, weights, weights || adapters->ledger == NULL, &tensors));
     PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
     double norm;
     if (optimizer != NULL) PLORA_TRY_OUT(plora__optimizer_settle(optimizer, 0, &norm, NULL));
@@ -415,6 +440,7 @@ static plora_status check_tensor(const struct plora__safetensors *file, const st
                 "tensor '%.200s' at byte %llu has %zu bytes in %d dimensions, here it has %zu in %d, or another shape",
                 here->name, (unsigned long long)there->offset, there->bytes, there->dimensions, here->bytes,
                 here->dimensions);
+    if (plora__tensor_dtype(there) < 0) return PLORA_OK; /* a residual: any bits are */
     return check_values(there, strcmp(here->name, "second_moment") == 0);
 }
 
@@ -464,8 +490,14 @@ static void set_state(plora_adapters *adapters, struct plora_optimizer *optimize
 static int has_weights(const struct plora__safetensors *file)
 {
     for (int32_t i = 0; i < file->tensor_count; ++i)
-        if (strncmp(file->tensors[i].name, "weight.", 7) == 0) return 1;
+        if (strncmp(file->tensors[i].name, weight_prefix, sizeof weight_prefix - 1) == 0) return 1;
     return 0;
+}
+
+/* As the save decided it. */
+static int has_residuals(const struct plora__safetensors *file)
+{
+    return has_weights(file) || plora__safetensors_metadata(file, "state.ledger_records") == NULL;
 }
 
 /* How many of the ledger's records the weights of the checkpoint hold. Without a ledger on either side it stays 0. */
@@ -517,7 +549,7 @@ plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *op
     PLORA_TRY_OUT(check_options(&file, &description));
     PLORA_TRY_OUT(read_state(&file, optimizer != NULL, &state));
     PLORA_TRY_OUT(read_position(&file, ledger, &position));
-    PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), &tensors));
+    PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), has_residuals(&file), &tensors));
     PLORA_TRY_OUT(check_all(&file, &tensors));
     PLORA_TRY_OUT(check_checksum(&file));
     PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));

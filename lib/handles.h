@@ -58,6 +58,9 @@ struct plora__weight {
     plora_matrix matrix; /* as stored: [N,K], or [K,N] with fan_in_fan_out */
     int32_t fan_in_fan_out;
     int32_t first_layer; /* the layer that introduced it: its index keys the random numbers */
+    uint16_t *residual;  /* the low halves of its values, or NULL; in host memory or on the device */
+    int64_t residual_stride;
+    int32_t residual_on_host, residual_is_new;
 };
 
 struct plora__layer {
@@ -124,6 +127,8 @@ struct plora_adapters {
     size_t own_workspace_bytes, workspace_bytes;
     void *merge_workspace; /* device */
     size_t merge_workspace_bytes;
+    uint16_t *residual_staging; /* device: room for the largest residual that is kept on the host */
+    size_t residual_staging_bytes;
     struct plora__findings findings, device_findings; /* of an unload; the same layout on the host and on the device */
     struct plora_ledger *ledger;                      /* which holds a reference to the adapters; NULL = none */
 };
@@ -133,6 +138,20 @@ struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32
 /* The same with factors from elsewhere, in device memory: a[rank, K], b[N, rank]. */
 struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
                                               const float *b, int64_t rank, double factor);
+
+/* residual.c: the residuals that a set's options ask for, and the memory to merge with those on the host. All or none. */
+plora_status plora__residuals_keep(plora_adapters *adapters);
+void plora__residuals_free(plora_model *model);
+size_t plora__residual_bytes(const struct plora__weight *weight);
+/* As 16-bit numbers of no dtype that means anything; data NULL = none. */
+plora_matrix plora__residual_matrix(const struct plora__weight *weight);
+plora_status plora__residual_clear(const plora_adapters *adapters, int32_t number, void *stream);
+/* residual.c: PLORA_ROUND_DEFAULT replaced by what it stands for here, or why this rounding cannot be. */
+plora_status plora__resolve_rounding(const plora_adapters *adapters, int32_t *rounding);
+/* residual.c: completes the arguments of a merge of adapter `number` in this stage, and runs it. */
+void plora__merge_round(const plora_adapters *adapters, int32_t number, int32_t rounding, uint64_t seed, int64_t stage,
+                        struct plora__merge_args *args);
+plora_status plora__merge(const plora_adapters *adapters, int32_t number, struct plora__merge_args *args, void *stream);
 
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);

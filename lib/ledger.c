@@ -15,28 +15,47 @@
 
 enum { CHUNK_BYTES = 1 << 22 };
 
-plora_status plora__ledger_hash_weight(const plora_context *context, const plora_matrix *weight, uint64_t *hash)
+static int is_zero(const char *row, size_t bytes)
 {
-    const size_t size = plora__dtype_size(weight->dtype);
-    const size_t bytes = (size_t)weight->columns * size, stride = (size_t)weight->stride * size;
-    *hash = 0;
-    if (context->options.backend == PLORA_BACKEND_CPU) {
-        *hash = plora__hash_rows(weight->data, weight->rows, bytes, stride, 0);
-        return PLORA_OK;
-    }
-    const int64_t most = stride < CHUNK_BYTES ? (int64_t)(CHUNK_BYTES / stride) : 1;
+    return row[0] == 0 && memcmp(row, row + 1, bytes - 1) == 0;
+}
+
+/* Chains the rows of a matrix to a hash, and notes whether all of it is 0. */
+static plora_status hash_matrix(const plora_context *context, const plora_matrix *matrix, uint64_t *hash, int *zero)
+{
+    const size_t size = plora__dtype_size(matrix->dtype);
+    const size_t bytes = (size_t)matrix->columns * size, stride = (size_t)matrix->stride * size;
+    const int here = context->options.backend == PLORA_BACKEND_CPU;
+    const int64_t most = here ? matrix->rows : stride < CHUNK_BYTES ? (int64_t)(CHUNK_BYTES / stride) : 1;
     plora_context *owner = (plora_context *)(uintptr_t)context; /* memory is no part of its state */
     plora_status status = PLORA_OK;
-    void *chunk;
-    PLORA_TRY(plora__allocate(owner, (size_t)most * stride, &chunk));
-    for (int64_t i = 0; i < weight->rows && status == PLORA_OK; i += most) {
-        const int64_t rows = weight->rows - i < most ? weight->rows - i : most;
+    void *chunk = matrix->data;
+    if (!here) PLORA_TRY(plora__allocate(owner, (size_t)most * stride, &chunk));
+    *zero = 1;
+    for (int64_t i = 0; i < matrix->rows && status == PLORA_OK; i += most) {
+        const int64_t rows = matrix->rows - i < most ? matrix->rows - i : most;
         const size_t count = (size_t)(rows - 1) * stride + bytes; /* nothing may lie behind the last row */
-        status = plora__read_device(context, chunk, (const char *)weight->data + (size_t)i * stride, count, NULL);
+        if (!here)
+            status = plora__read_device(context, chunk, (const char *)matrix->data + (size_t)i * stride, count, NULL);
         *hash = plora__hash_rows(chunk, rows, bytes, stride, *hash);
+        for (int64_t row = 0; *zero && row < rows; ++row)
+            *zero = is_zero((const char *)chunk + (size_t)row * stride, bytes);
     }
-    plora__free(owner, chunk, (size_t)most * stride);
+    if (!here) plora__free(owner, chunk, (size_t)most * stride);
     return status;
+}
+
+plora_status plora__ledger_hash_weight(const plora_context *context, const plora_matrix *weight,
+                                       const plora_matrix *residual, uint64_t *hash)
+{
+    int zero;
+    *hash = 0;
+    PLORA_TRY(hash_matrix(context, weight, hash, &zero));
+    if (residual == NULL || residual->data == NULL) return PLORA_OK;
+    uint64_t both = *hash;
+    PLORA_TRY(hash_matrix(context, residual, &both, &zero));
+    if (!zero) *hash = both;
+    return PLORA_OK;
 }
 
 static const plora_matrix *weight_of(const plora_adapters *adapters, int32_t number)
@@ -48,9 +67,12 @@ plora_status plora__ledger_hash_weights(plora_ledger *ledger)
 {
     const plora_adapters *adapters = ledger->adapters;
     ledger->hashes_known = 0;
-    for (int32_t i = 0; i < adapters->adapter_count; ++i)
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const struct plora__weight *weight = &adapters->model->weights[adapters->adapters[i].weight];
+        const plora_matrix residual = plora__residual_matrix(weight);
         PLORA_TRY(
-            plora__ledger_hash_weight(adapters->model->context, weight_of(adapters, i), &ledger->weight_hashes[i]));
+            plora__ledger_hash_weight(adapters->model->context, &weight->matrix, &residual, &ledger->weight_hashes[i]));
+    }
     ledger->hashes_known = 1;
     return PLORA_OK;
 }

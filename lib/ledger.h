@@ -20,8 +20,9 @@ struct plora_ledger {
 plora_status plora__ledger_append(plora_ledger *ledger, const plora_unload_options *options, void *stream);
 /* The merges of what was appended are done. */
 void plora__ledger_commit(plora_ledger *ledger, void *stream);
-/* The hash of a weight's rows, one after the other. */
-plora_status plora__ledger_hash_weight(const plora_context *context, const plora_matrix *weight, uint64_t *hash);
+/* The hash of a weight's rows, one after the other, and then of its residual's, unless that is NULL or all 0. */
+plora_status plora__ledger_hash_weight(const plora_context *context, const plora_matrix *weight,
+                                       const plora_matrix *residual, uint64_t *hash);
 /* Of all present weights, into weight_hashes; and one hash over these. */
 plora_status plora__ledger_hash_weights(plora_ledger *ledger);
 uint64_t plora__ledger_combined_hash(const plora_ledger *ledger);

@@ -272,8 +272,8 @@ static plora_status check_record(const struct plora__ledger_store *store, const 
                 PLORA_ERROR_FORMAT, "it is number %" PRId64 " of another lineage", record->index);
     PLORA_CHECK(record->momentum > 0.0 && record->momentum <= 1.0 && record->stage >= 0 && record->stage < INT64_MAX,
                 PLORA_ERROR_FORMAT, "momentum %g, stage %" PRId64, record->momentum, record->stage);
-    PLORA_CHECK(record->rounding == PLORA_ROUND_NEAREST, PLORA_ERROR_UNSUPPORTED, "rounding %d is unknown",
-                record->rounding);
+    PLORA_CHECK(record->rounding >= PLORA_ROUND_NEAREST && record->rounding <= PLORA_ROUND_RESIDUAL,
+                PLORA_ERROR_UNSUPPORTED, "rounding %d is unknown", record->rounding);
     return check_factors(store->header, record);
 }
 

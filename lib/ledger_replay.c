@@ -60,7 +60,7 @@ static plora_status check_original(const struct plora__replay *replay)
                     name_of(adapters, i), (long long)from->rows, (long long)from->columns,
                     plora__dtype_name(from->dtype), (long long)to->rows, (long long)to->columns,
                     plora__dtype_name(to->dtype));
-        PLORA_TRY(plora__ledger_hash_weight(replay->original->context, from, &hash));
+        PLORA_TRY(plora__ledger_hash_weight(replay->original->context, from, NULL, &hash));
         PLORA_CHECK(hash == plora__ledger_layers(ledger->store.header)[i].weight_hash, PLORA_ERROR_INVALID_ARGUMENT,
                     "layer '%s': the original weight is not the one that the ledger began with", name_of(adapters, i));
     }
@@ -111,6 +111,20 @@ static plora_status get_scratch(struct plora__replay *replay)
     return plora__device_allocate(context, replay->factor_bytes, &replay->factors);
 }
 
+/* What was merged with a residual needs one again. */
+static plora_status check_rounding(const struct plora__replay *replay, int64_t t, int32_t rounding)
+{
+    const plora_adapters *adapters = replay->ledger->adapters;
+    for (int32_t i = 0; rounding == PLORA_ROUND_RESIDUAL && i < adapters->adapter_count; ++i)
+        PLORA_CHECK(matrix_of(adapters, i)->dtype == PLORA_F32 ||
+                        adapters->model->weights[adapters->adapters[i].weight].residual != NULL,
+                    PLORA_ERROR_INVALID_ARGUMENT,
+                    "record %lld was merged with a residual, which layer '%s' does not keep: create the adapters with "
+                    "PLORA_RESIDUAL_DEVICE or _HOST",
+                    (long long)t, name_of(adapters, i));
+    return PLORA_OK;
+}
+
 static plora_status check_records(struct plora__replay *replay)
 {
     for (int64_t t = replay->from; t < replay->to; ++t) {
@@ -121,6 +135,7 @@ static plora_status check_records(struct plora__replay *replay)
             (record->flags & PLORA__LEDGER_FOLDED) == 0, PLORA_ERROR_UNSUPPORTED,
             "record %lld stands for %llu records of a compacted ledger: the weights behind it cannot be rebuilt",
             (long long)t, (unsigned long long)record->folded);
+        PLORA_TRY(check_rounding(replay, t, record->rounding));
     }
     return PLORA_OK;
 }
@@ -171,9 +186,9 @@ static plora_status copy_original(const struct plora__replay *replay, int32_t nu
     return PLORA_OK;
 }
 
-/* One record's merge into `weight`, which is adapter `number`'s or a copy of it. */
+/* One record's merge into `weight`, which is adapter `number`'s, or a copy of it with a residual of its own. */
 static plora_status merge_record(const struct plora__replay *replay, int64_t t, int32_t number,
-                                 const plora_matrix *weight)
+                                 const plora_matrix *weight, uint16_t *residual)
 {
     plora_ledger *ledger = replay->ledger;
     const plora_adapters *adapters = ledger->adapters;
@@ -198,17 +213,28 @@ static plora_status merge_record(const struct plora__replay *replay, int64_t t, 
     }
     struct plora__merge_args args =
         plora__merge_factors(adapters, number, factors[0], factors[1], rank, record->momentum * entry->scale);
+    plora__merge_round(adapters, number, record->rounding, record->seed, record->stage, &args);
     args.weight = *weight;
-    args.rounding = record->rounding;
     args.workspace = replay->workspace;
-    return context->backend->merge(context->device, &args, NULL);
+    if (residual != NULL && args.residual != NULL) args.residual = residual;
+    return plora__merge(adapters, number, &args, NULL);
 }
 
-static plora_status rebuild(const struct plora__replay *replay, int32_t number, const plora_matrix *weight)
+/* `residual` NULL: the weight's own, if it keeps one. */
+static plora_status rebuild(const struct plora__replay *replay, int32_t number, const plora_matrix *weight,
+                            uint16_t *residual)
 {
-    if (replay->original != NULL) PLORA_TRY(copy_original(replay, number, weight));
+    const plora_adapters *adapters = replay->ledger->adapters;
+    const plora_context *context = adapters->model->context;
+    const struct plora__weight *kept = &adapters->model->weights[adapters->adapters[number].weight];
+    if (replay->original != NULL) {
+        PLORA_TRY(copy_original(replay, number, weight));
+        PLORA_TRY(residual == NULL
+                      ? plora__residual_clear(adapters, number, NULL)
+                      : context->backend->clear(context->device, residual, plora__residual_bytes(kept), NULL));
+    }
     for (int64_t t = replay->from; t < replay->to; ++t)
-        PLORA_TRY(merge_record(replay, t, number, weight));
+        PLORA_TRY(merge_record(replay, t, number, weight, residual));
     return PLORA_OK;
 }
 
@@ -220,7 +246,7 @@ plora_status plora__replay_run(struct plora__replay *replay)
     if (replay->original == NULL && replay->from == replay->to) return PLORA_OK;
     ledger->position = -1;
     for (int32_t i = 0; i < adapters->adapter_count; ++i)
-        PLORA_TRY(rebuild(replay, i, matrix_of(adapters, i)));
+        PLORA_TRY(rebuild(replay, i, matrix_of(adapters, i), NULL));
     PLORA_TRY(context->backend->synchronize(context->device, NULL));
     ledger->hashes_known = 0;
     if (ledger->hash_weights) PLORA_TRY(plora__ledger_hash_weights(ledger));
@@ -301,29 +327,36 @@ static plora_status verify_by_replay(plora_ledger *ledger, struct plora__replay 
 {
     const plora_adapters *adapters = ledger->adapters;
     plora_context *context = adapters->model->context;
-    size_t most = 0;
+    size_t most = 0, most_residual = 0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
-        const plora_matrix *weight = matrix_of(adapters, i);
+        const struct plora__weight *kept = &adapters->model->weights[adapters->adapters[i].weight];
+        const plora_matrix *weight = &kept->matrix;
         const size_t bytes = (size_t)(weight->rows * weight->columns) * plora__dtype_size(weight->dtype);
         if (bytes > most) most = bytes;
+        if (kept->residual != NULL && plora__residual_bytes(kept) > most_residual)
+            most_residual = plora__residual_bytes(kept);
     }
-    void *memory;
+    void *memory = NULL, *residual = NULL;
     plora_status status = PLORA_OK;
-    PLORA_TRY(plora__device_allocate(context, most, &memory));
+    PLORA_TRY_OUT(plora__device_allocate(context, most, &memory));
+    PLORA_TRY_OUT(plora__device_allocate(context, most_residual, &residual));
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         plora_matrix copy = *matrix_of(adapters, i);
         uint64_t hash;
         copy.data = memory;
         copy.stride = copy.columns;
-        PLORA_TRY_OUT(rebuild(replay, i, &copy));
+        plora_matrix low = plora__residual_matrix(&adapters->model->weights[adapters->adapters[i].weight]);
+        if (low.data != NULL) low.data = residual;
+        PLORA_TRY_OUT(rebuild(replay, i, &copy, low.data));
         PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
-        PLORA_TRY_OUT(plora__ledger_hash_weight(context, &copy, &hash));
+        PLORA_TRY_OUT(plora__ledger_hash_weight(context, &copy, &low, &hash));
         if (hash != ledger->weight_hashes[i]) {
             status = differs(ledger, i);
             break;
         }
     }
 out:
+    plora__device_free(context, residual, most_residual);
     plora__device_free(context, memory, most);
     return status;
 }

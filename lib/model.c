@@ -50,6 +50,7 @@ void plora__model_release(plora_model *model)
     for (int32_t i = 0; i < model->layer_count; ++i)
         plora__free_string(context, model->layers[i].name);
     plora__free(context, model->layers, (size_t)model->layer_capacity * sizeof *model->layers);
+    plora__residuals_free(model);
     plora__free(context, model->weights, (size_t)model->weight_capacity * sizeof *model->weights);
     plora__model_files_close(context, model->files);
     plora__free_string(context, model->path);
@@ -150,7 +151,8 @@ plora_status plora_model_add_linear(plora_model *model, const plora_linear *give
     const int32_t fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0;
     if (weight < 0) {
         weight = model->weight_count++;
-        model->weights[weight] = (struct plora__weight){linear.weight, fan_in_fan_out, model->layer_count};
+        model->weights[weight] = (struct plora__weight){
+            .matrix = linear.weight, .fan_in_fan_out = fan_in_fan_out, .first_layer = model->layer_count};
     }
     const plora_matrix *w = &linear.weight;
     model->layers[model->layer_count] = (struct plora__layer){

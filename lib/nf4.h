@@ -1,5 +1,5 @@
-/* nf4.h: the 16 values of NormalFloat4, the quantiles of N(0,1) scaled to [-1,1] of "QLoRA: Efficient Finetuning of Quantized LLMs"
- * (arXiv 2305.14314, appendix E), as fp32. */
+/* nf4.h: the 16 values of NormalFloat4, the quantiles of N(0,1) scaled to [-1,1] of "QLoRA: Efficient Finetuning of
+ * Quantized LLMs" (arXiv 2305.14314, appendix E), as fp32. */
 #ifndef PLORA_NF4_H
 #define PLORA_NF4_H
 

@@ -28,7 +28,8 @@ PLORA__HOST_DEVICE static inline uint16_t plora__round_stochastic(float value, u
         return dtype == PLORA_BF16 ? plora__float_to_bf16(value) : plora__float_to_f16(value);
     if (dtype == PLORA_BF16) return (uint16_t)((bits >> 16) + (random < (bits & 0xffffu)));
     if (magnitude >= 0x38800000u)
-        return (uint16_t)(sign | (((magnitude - 0x38000000u) >> 13) + ((uint32_t)(random >> 3) < (magnitude & 0x1fffu))));
+        return (uint16_t)(sign |
+                          (((magnitude - 0x38000000u) >> 13) + ((uint32_t)(random >> 3) < (magnitude & 0x1fffu))));
     const float steps = plora__float_from_bits(magnitude) * 0x1p24f; /* exact, as are the two below */
     const uint32_t whole = (uint32_t)steps;
     return (uint16_t)(sign | (whole + ((float)random < (steps - (float)whole) * 0x1p16f)));

@@ -4,7 +4,8 @@
  *
  * Whether a merge would overflow is nearly always settled without reading W: no finite W can overflow while |D| stays below half
  * a unit in the last place of the largest finite number, and |D| <= R |m s| max|A| max|B|. Only past that bound the backend goes
- * through the merge once without writing. The products and the report's sums are the backend's merge. */
+ * through the merge once without writing: also where it rounds by rounding.h, which makes no weight infinite any sooner. The
+ * products and the report's sums are the backend's merge; residual.c chooses the rounding. */
 #include <math.h>
 #include <string.h>
 
@@ -66,17 +67,19 @@ static plora_status fetch(const plora_adapters *adapters, void *stream)
     return plora__read_device(adapters->model->context, here->magnitudes, there->magnitudes, bytes, stream);
 }
 
-static struct plora__merge_args merge_args(const plora_adapters *adapters, int32_t number, double momentum)
+static struct plora__merge_args merge_args(const plora_adapters *adapters, int32_t number,
+                                           const plora_unload_options *options)
 {
     struct plora__merge_args args = plora__merge_args(adapters, number);
-    args.factor = (float)(momentum * adapters->adapters[number].scale);
+    args.factor = (float)(options->momentum * adapters->adapters[number].scale);
+    plora__merge_round(adapters, number, options->rounding, adapters->options.seed, adapters->stage, &args);
     return args;
 }
 
 /* Whether no weight can overflow, of whatever value: |D| <= R |m s| max|A| max|B|. */
-static int is_harmless(const plora_adapters *adapters, int32_t number, double momentum)
+static int is_harmless(const plora_adapters *adapters, int32_t number, const plora_unload_options *options)
 {
-    const struct plora__merge_args args = merge_args(adapters, number, momentum);
+    const struct plora__merge_args args = merge_args(adapters, number, options);
     const double a = adapters->findings.magnitudes[2 * number], b = adapters->findings.magnitudes[2 * number + 1];
     const double rounding = 1.0 + (double)args.rank * 0x1p-22; /* of the fp32 sums */
     const double largest_sum = (double)args.rank * a * b * rounding;
@@ -93,35 +96,34 @@ static plora_status check_finite(const plora_adapters *adapters)
 }
 
 /* Goes through the merges of doubt without writing. */
-static plora_status check_overflow(const plora_adapters *adapters, double momentum, void *stream)
+static plora_status check_overflow(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
 {
-    const plora_context *context = adapters->model->context;
     int doubts = 0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
-        if (is_harmless(adapters, i, momentum)) continue;
-        struct plora__merge_args args = merge_args(adapters, i, momentum);
+        if (is_harmless(adapters, i, options)) continue;
+        struct plora__merge_args args = merge_args(adapters, i, options);
         args.overflows = adapters->device_findings.overflows + i;
-        PLORA_TRY(context->backend->merge(context->device, &args, stream));
+        PLORA_TRY(plora__merge(adapters, i, &args, stream));
         doubts++;
     }
     if (doubts == 0) return PLORA_OK;
     PLORA_TRY(fetch(adapters, stream));
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const int64_t overflows = adapters->findings.overflows[i];
-        if (is_harmless(adapters, i, momentum) || overflows == 0) continue;
-        const struct plora__merge_args args = merge_args(adapters, i, momentum);
+        if (is_harmless(adapters, i, options) || overflows == 0) continue;
+        const struct plora__merge_args args = merge_args(adapters, i, options);
         return plora__fail(
             PLORA_ERROR_NON_FINITE,
             "layer '%s': %lld of %lld weights would overflow %s (max|A| %g, max|B| %g, m s %g), nothing was merged",
             name_of(adapters, &adapters->adapters[i]), (long long)overflows,
-            (long long)(args.weight.rows * args.weight.columns), plora__dtype_name(args.weight.dtype),
+            (long long)args.weight.rows * (long long)args.weight.columns, plora__dtype_name(args.weight.dtype),
             adapters->findings.magnitudes[2 * i], adapters->findings.magnitudes[2 * i + 1], (double)args.factor);
     }
     return PLORA_OK;
 }
 
 /* Everything that can be wrong with the values, before the first of them is written. */
-static plora_status check_values(const plora_adapters *adapters, double momentum, void *stream)
+static plora_status check_values(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
 {
     const plora_context *context = adapters->model->context;
     const struct plora__magnitude_args args = {
@@ -133,7 +135,7 @@ static plora_status check_values(const plora_adapters *adapters, double momentum
     PLORA_TRY(context->backend->magnitudes(context->device, &args, stream));
     PLORA_TRY(fetch(adapters, stream));
     PLORA_TRY(check_finite(adapters));
-    return check_overflow(adapters, momentum, stream);
+    return check_overflow(adapters, options, stream);
 }
 
 static double root_mean(double sum, double elements)
@@ -154,17 +156,18 @@ static struct plora_unload_layer layer_figures(const struct plora__adapter *adap
         .captured = sums->dd > 0.0 ? sums->gd / sums->dd : 1.0,
         .changed = elements > 0.0 ? sums->changed / elements : 0.0,
         .lost_max = sums->lost_max,
+        .lost_rms = root_mean(sums->ll, elements),
         .effective_rank = sums->effective_rank,
     };
 }
 
-static plora_status merge_all(const plora_adapters *adapters, double momentum, int with_sums, void *stream)
+static plora_status merge_all(const plora_adapters *adapters, const plora_unload_options *options, int with_sums,
+                              void *stream)
 {
-    const plora_context *context = adapters->model->context;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
-        struct plora__merge_args args = merge_args(adapters, i, momentum);
+        struct plora__merge_args args = merge_args(adapters, i, options);
         if (with_sums) args.sums = adapters->device_findings.sums + i;
-        PLORA_TRY(context->backend->merge(context->device, &args, stream));
+        PLORA_TRY(plora__merge(adapters, i, &args, stream));
     }
     return with_sums ? fetch(adapters, stream) : PLORA_OK;
 }
@@ -183,6 +186,7 @@ static void fill_report(const plora_adapters *adapters, double momentum, plora_u
         total.dd += sums->dd;
         total.gd += sums->gd;
         total.ww += sums->ww;
+        total.ll += sums->ll;
         total.changed += sums->changed;
         total.lost_max = fmax(total.lost_max, sums->lost_max);
         total.effective_rank += sums->effective_rank;
@@ -194,6 +198,7 @@ static void fill_report(const plora_adapters *adapters, double momentum, plora_u
     report->captured = total.dd > 0.0 ? total.gd / total.dd : 1.0;
     report->changed = all_elements > 0.0 ? total.changed / all_elements : 0.0;
     report->lost_max = total.lost_max;
+    report->lost_rms = root_mean(total.ll, all_elements);
     report->effective_rank = adapters->adapter_count > 0 ? total.effective_rank / adapters->adapter_count : 0.0;
 }
 
@@ -205,8 +210,7 @@ static plora_status check_options(const plora_adapters *adapters, const plora_op
                 "the optimizer belongs to other adapters");
     PLORA_CHECK(options->momentum > 0.0 && options->momentum <= 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "momentum is %g: must be in (0, 1]", options->momentum);
-    PLORA_CHECK(options->rounding == PLORA_ROUND_NEAREST, PLORA_ERROR_INVALID_ARGUMENT, "rounding %d is unknown",
-                options->rounding);
+    PLORA_TRY(plora__resolve_rounding(adapters, &options->rounding));
     PLORA_CHECK(options->moments >= PLORA_MOMENTS_DEFAULT && options->moments <= PLORA_MOMENTS_KEEP,
                 PLORA_ERROR_INVALID_ARGUMENT, "moments %d is unknown", options->moments);
     PLORA_CHECK(options->moments != PLORA_MOMENTS_KEEP || options->momentum < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
@@ -242,10 +246,10 @@ plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, 
                 result.layers == NULL ? "NULL" : "not NULL");
     double norm;
     if (optimizer != NULL) PLORA_TRY(plora__optimizer_settle(optimizer, 0, &norm, stream));
-    PLORA_TRY(check_values(adapters, options.momentum, stream));
+    PLORA_TRY(check_values(adapters, &options, stream));
 
     if (adapters->ledger != NULL) PLORA_TRY(plora__ledger_append(adapters->ledger, &options, stream));
-    PLORA_TRY(merge_all(adapters, options.momentum, report != NULL, stream));
+    PLORA_TRY(merge_all(adapters, &options, report != NULL, stream));
     if (adapters->ledger != NULL) plora__ledger_commit(adapters->ledger, stream);
     if (report != NULL) fill_report(adapters, options.momentum, &result);
     PLORA_TRY(restart(adapters, options.momentum, stream));

@@ -25,6 +25,13 @@ BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c)
 bench: $(BUILD)/finetune $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready)
 	$(BUILD)/venv/bin/python tests/bench/bench.py --build $(BUILD) $(if $(PEERS),--peers $(BUILD)/venv-peers/bin/python)
 
+# What 16-bit weights hold after many unloads (docs/precision.md).
+.PHONY: precision
+precision: $(BUILD)/study/precision
+	$<
+$(BUILD)/study/%: $(BUILD)/tests/study/%.o $(BUILD)/libplora.a
+	$(PROGRAM) $(LIBS)
+
 # SmolLM2 against transformers, PEFT and llama.cpp. Not part of `make test`: it installs torch, and compiles llama.cpp.
 .PHONY: interop
 PREPARE = $(BUILD)/venv/bin/python examples/finetune/prepare.py

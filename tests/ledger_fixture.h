@@ -4,9 +4,15 @@
 #define PLORA_TESTS_LEDGER_FIXTURE_H
 
 #include "file_fixture.h"
+#include "residual_fixture.h"
 
 /* Layers a, b, c, d are F32, BF16, F16 and BF16 stored [K,N]; e is tied to b. */
 enum { LEDGER_WEIGHTS = 4, LEDGER_LAYERS = 5, LEDGER_STAGES = 24 };
+
+/* How all runs round. */
+static struct {
+    int32_t residual, rounding; /* of the adapters' options; as recorded */
+} ledger_mode = {PLORA_RESIDUAL_DEVICE, PLORA_ROUND_RESIDUAL};
 
 struct ledger_run {
     plora_context *context;
@@ -22,6 +28,7 @@ struct ledger_run {
 /* What an unload may change. */
 struct ledger_picture {
     unsigned char *weights[LEDGER_WEIGHTS];
+    uint16_t *residuals[LEDGER_WEIGHTS];
     float *parameters;
     int64_t stage;
 };
@@ -71,6 +78,7 @@ static CHECK_UNUSED void ledger_run_open(struct ledger_run *run, struct check_al
     plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
     options.rank = rank;
     options.seed = 11;
+    options.residual = ledger_mode.residual;
     CHECK_OK(plora_adapters_create(run->model, &options, &run->adapters));
     CHECK_OK(plora_optimizer_create(run->adapters, NULL, &run->optimizer));
     CHECK_OK(plora_adapters_parameters(run->adapters, &run->parameters, &run->count));
@@ -127,6 +135,8 @@ static CHECK_UNUSED plora_status ledger_unload(struct ledger_run *run, int step)
     plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
     plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
     options.momentum = ledger_momentum(step);
+    options.rounding =
+        step % 3 == 0 && ledger_mode.rounding != PLORA_ROUND_STOCHASTIC ? PLORA_ROUND_DEFAULT : ledger_mode.rounding;
     return DEVICE(plora_unload(run->adapters, run->optimizer, &options, step % 2 ? &report : NULL, NULL));
 }
 
@@ -146,6 +156,7 @@ static CHECK_UNUSED struct ledger_picture ledger_picture_of(const struct ledger_
         picture.weights[i] = malloc(run->weights[i].bytes);
         CHECK(picture.weights[i] != NULL, "the test itself is out of memory");
         memcpy(picture.weights[i], run->weights[i].memory, run->weights[i].bytes);
+        picture.residuals[i] = residual_of(run->model, i);
     }
     const size_t bytes = (size_t)run->count * sizeof(float);
     picture.parameters = malloc(bytes);
@@ -157,8 +168,10 @@ static CHECK_UNUSED struct ledger_picture ledger_picture_of(const struct ledger_
 
 static CHECK_UNUSED void ledger_picture_free(struct ledger_picture *picture)
 {
-    for (int i = 0; i < LEDGER_WEIGHTS; ++i)
+    for (int i = 0; i < LEDGER_WEIGHTS; ++i) {
         free(picture->weights[i]);
+        free(picture->residuals[i]);
+    }
     free(picture->parameters);
 }
 
@@ -173,6 +186,7 @@ static CHECK_UNUSED void ledger_same_weights(const struct ledger_run *a, const s
                          (size_t)x->columns * size) == 0,
                   "%s: row %lld of weight %d differs", what, (long long)row, i);
     }
+    CHECK(same_residuals(a->model, b->model), "%s: residuals differ", what);
 }
 
 static CHECK_UNUSED void ledger_same_run(const struct ledger_run *a, const struct ledger_run *b, const char *what)
@@ -188,9 +202,16 @@ static CHECK_UNUSED void ledger_same_run(const struct ledger_run *a, const struc
 static CHECK_UNUSED void ledger_same_picture(const struct ledger_run *run, const struct ledger_picture *picture,
                                              int weights_only, const char *what)
 {
-    for (int i = 0; i < LEDGER_WEIGHTS; ++i)
+    for (int i = 0; i < LEDGER_WEIGHTS; ++i) {
         CHECK(memcmp(run->weights[i].memory, picture->weights[i], run->weights[i].bytes) == 0, "%s: weight %d differs",
               what, i);
+        uint16_t *residual = residual_of(run->model, i);
+        const size_t bytes = (size_t)(run->weights[i].m.rows * run->weights[i].m.columns) * sizeof *residual;
+        CHECK((residual == NULL) == (picture->residuals[i] == NULL) &&
+                  (residual == NULL || memcmp(residual, picture->residuals[i], bytes) == 0),
+              "%s: residual %d differs", what, i);
+        free(residual);
+    }
     if (weights_only) return;
     CHECK(memcmp(run->parameters, picture->parameters, (size_t)run->count * sizeof(float)) == 0, "%s: adapters differ",
           what);

@@ -1,5 +1,6 @@
-/* test_batch.c: many adapters in one batch, token by token against the naive reference, within the bounds of the linear layer
- * (linear_fixture.h): the kernels of every instruction level of the CPU, or those of a GPU through its table (device.h). */
+/* test_batch.c: many adapters in one batch, token by token against the naive reference, within the bounds of the linear
+ * layer (linear_fixture.h): the kernels of every instruction level of the CPU, or those of a GPU through its table
+ * (device.h). */
 #include "check.h"
 #include "cpu/batch_kernels.h"
 #include "cpu/isa.h"
@@ -7,7 +8,7 @@
 #include "linear_fixture.h"
 #include "reference.h"
 
-/* ------------------------------------------------------------------------------------------------------------- levels */
+/* ----------------------------------------------------------------------------------------------------------- levels */
 
 /* An instruction level of the CPU, or the one level of a GPU. */
 enum { LEVEL_DEVICE = -1 };
@@ -24,7 +25,7 @@ static int last_level(void)
     return device_is_cuda() ? LEVEL_DEVICE : cpu_isa();
 }
 
-/* -------------------------------------------------------------------------------------------------------------- batches */
+/* ---------------------------------------------------------------------------------------------------------- batches */
 
 enum segments_kind { ANY_SEGMENTS, ONE_TOKEN_EACH, ONE_SEGMENT };
 
@@ -259,7 +260,7 @@ static void run(const struct batch_case *c)
     batch_free(batch);
 }
 
-/* --------------------------------------------------------------------------------------------------------------- tests */
+/* ------------------------------------------------------------------------------------------------------------ tests */
 
 static void random_dtypes(struct batch_case *c)
 {

@@ -2,6 +2,7 @@
  * fit or is damaged is refused and changes nothing. */
 #include "file_fixture.h"
 #include "json.h"
+#include "residual_fixture.h"
 #include "safetensors.h"
 
 enum { LAYERS = 3 };
@@ -119,6 +120,7 @@ static void check_same_runs(struct run *a, struct run *b, const char *what)
                          (size_t)a->weights[i].m.columns * size) == 0,
                   "%s: row %lld of weight %d", what, (long long)r, i);
         }
+    CHECK(same_residuals(a->model, b->model), "%s: residuals differ", what);
     float input[4][7], output[2][4][9];
     check_reseed(9);
     for (int i = 0; i < 28; ++i)
@@ -174,6 +176,7 @@ static void parts(void **state)
     CHECK_OK(DEVICE(plora_checkpoint_load(b.adapters, NULL, file_path("run"))));
     for (int i = 0; i < LAYERS; ++i)
         check_matrix_unchanged(&b.weights[i], "a weight that is not in the file");
+    CHECK(same_residuals(a.model, b.model), "residuals are in the file even when weights are not");
     CHECK(plora_adapters_stage(b.adapters) == 1, "stage %lld", (long long)plora_adapters_stage(b.adapters));
     int64_t step;
     CHECK_OK(plora_optimizer_state(b.optimizer, NULL, NULL, NULL, &step));
@@ -201,15 +204,16 @@ static void other_options(void **state)
     run_steps(&run, 0, 2);
     CHECK_OK(plora_checkpoint_save(run.adapters, run.optimizer, file_path("run"), 0));
     run_close(&run);
-    for (int change = 0; change < 8; ++change) {
-        static const char *const messages[8] = {"adapters.seed = 77, here it is 78",
+    for (int change = 0; change < 9; ++change) {
+        static const char *const messages[9] = {"adapters.seed = 77, here it is 78",
                                                 "adapters.init = 1",
                                                 "adapters.dropout = 0.25",
                                                 "a.q N=5 K=7 rank=2 scale=2'",
                                                 "rank=2 scale=2', here is 'a.q N=5 K=7 rank=1",
                                                 "optimizer.learning_rate = 0.01",
                                                 "optimizer.algorithm = 0",
-                                                "optimizer.warmup_steps = 2, here it is 4"};
+                                                "optimizer.warmup_steps = 2, here it is 4",
+                                                "weights.residuals = 2, here it is 0"};
         plora_adapters_options options = base_options;
         plora_optimizer_options optimizer = optimizer_options(PLORA_OPTIMIZER_ADAMW);
         if (change == 0) options.seed = 78;
@@ -220,6 +224,7 @@ static void other_options(void **state)
         if (change == 5) optimizer.learning_rate = 0.02;
         if (change == 6) optimizer.algorithm = PLORA_OPTIMIZER_SGD;
         if (change == 7) optimizer.warmup_steps = 4;
+        if (change == 8) options.residual = PLORA_RESIDUAL_NONE;
         struct run other;
         run_open_with(&other, NULL, &options, &optimizer);
         CHECK_FAILS(plora_checkpoint_load(other.adapters, other.optimizer, file_path("run")),
@@ -237,7 +242,7 @@ static void rewrite(plora_context *context, const char *from, const char *to, in
     static const int64_t other_shape[2] = {1, 35};
     CHECK_OK(plora__safetensors_open(context, from, &file));
     int32_t count = file.tensor_count, metadata_count = file.metadata_count;
-    CHECK(count == 6 && metadata_count < 64, "%d tensors", count);
+    CHECK(count == 8 && metadata_count < 64, "%d tensors", count);
     memcpy(tensors, file.tensors, (size_t)count * sizeof *tensors);
     memcpy(metadata, file.metadata, (size_t)metadata_count * sizeof *metadata);
     for (int32_t i = 0; i < metadata_count; ++i) {
@@ -257,6 +262,8 @@ static void rewrite(plora_context *context, const char *from, const char *to, in
     if (change == 11) tensors[3].shape = other_shape;
     if (change == 12) tensors[4].dtype = "F16";
     if (change == 13) tensors[5].name = "weight.d";
+    if (change == 14) tensors[6].dtype = "I16";
+    if (change == 15) tensors[7].name = "residual.d";
     CHECK_OK(plora__safetensors_write(context, to, tensors, count, metadata, metadata_count));
     plora__safetensors_close(&file);
 }
@@ -266,14 +273,15 @@ static void damaged(void **state)
     static const struct {
         plora_status status;
         const char *message;
-    } cases[14] = {
+    } cases[16] = {
         {PLORA_ERROR_FORMAT, "version is '2'"},         {PLORA_ERROR_FORMAT, "state.stage is '-1'"},
         {PLORA_ERROR_FORMAT, "exceeds 64 bits"},        {PLORA_ERROR_FORMAT, "contradict"},
         {PLORA_ERROR_FORMAT, "state.dropout_step"},     {PLORA_ERROR_FORMAT, "format is 'pt'"},
         {PLORA_ERROR_FORMAT, "'parameters'"},           {PLORA_ERROR_FORMAT, "'second_moment'"},
-        {PLORA_ERROR_FORMAT, "'weight.b.q'"},           {PLORA_ERROR_FORMAT, "no tensor 'weight.c.v'"},
+        {PLORA_ERROR_FORMAT, "'weight.b.q'"},           {PLORA_ERROR_FORMAT, "no tensor 'residual.c.v'"},
         {PLORA_ERROR_FORMAT, "first_moment"},           {PLORA_ERROR_SHAPE, "'weight.a.q'"},
         {PLORA_ERROR_SHAPE, "is F16, here it is BF16"}, {PLORA_ERROR_FORMAT, "no tensor 'weight.c.v'"},
+        {PLORA_ERROR_SHAPE, "is I16, here it is U16"},  {PLORA_ERROR_FORMAT, "no tensor 'residual.c.v'"},
     };
     (void)state;
     struct run run, twin;

@@ -1,5 +1,5 @@
-/* test_dequantise.c: panels of quantised weights against the naive reference, to the bit: the kernels of every instruction level of the
- * CPU, or those of a GPU through its table (device.h). */
+/* test_dequantise.c: panels of quantised weights against the naive reference, to the bit: the kernels of every
+ * instruction level of the CPU, or those of a GPU through its table (device.h). */
 #include "check.h"
 #include "cpu/dequantise_kernels.h"
 #include "cpu/isa.h"
@@ -65,8 +65,9 @@ static void random_floats(const struct block *block, int64_t count)
         ((float *)block->data)[i] = (float)ldexp(check_uniform(), (int)check_integer(-12, 4));
 }
 
-/* The 256 values of the signed dynamic code of 8 bits ("8-bit Approximations for Parallelism in Deep Learning", arXiv 1511.04561): for
- * each power of ten from -6 to 0 the middles of 1, 2, 4 ... 64 equal parts of [0.1, 1], both signs, and 0 and 1. */
+/* The 256 values of the signed dynamic code of 8 bits ("8-bit Approximations for Parallelism in Deep Learning", arXiv
+ * 1511.04561): for each power of ten from -6 to 0 the middles of 1, 2, 4 ... 64 equal parts of [0.1, 1], both signs,
+ * and 0 and 1. */
 static int by_value(const void *left, const void *right)
 {
     const float a = *(const float *)left, b = *(const float *)right;

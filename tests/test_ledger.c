@@ -155,7 +155,7 @@ static void queries(void **state)
             plora_ledger_record_info info = PLORA_LEDGER_RECORD_INFO_INIT;
             CHECK_OK(plora_ledger_record(run.ledger, step, &info));
             CHECK(info.stage == step && info.momentum == ledger_momentum(step) && info.seed == 11 &&
-                      info.rounding == PLORA_ROUND_NEAREST && info.hashed == 0,
+                      info.rounding == ledger_mode.rounding && info.hashed == 0,
                   "record %d: stage %lld, momentum %g", step, (long long)info.stage, info.momentum);
             CHECK(step == 0 || (info.lineage_before == lineage && info.offset >= end), "record %d: no chain", step);
             CHECK(info.lineage_after != info.lineage_before && info.bytes >= (uint64_t)run.count * sizeof(float),
@@ -397,6 +397,13 @@ int main(void)
         cmocka_unit_test(queries),        cmocka_unit_test(hashed_weights), cmocka_unit_test(other_models),
         cmocka_unit_test(wrong_original), cmocka_unit_test(opened_model),
     };
+    static const int32_t residuals[] = {PLORA_RESIDUAL_NONE, PLORA_RESIDUAL_NONE, PLORA_RESIDUAL_HOST};
+    int failures = 0;
     check_begin("test_ledger");
-    return cmocka_run_group_tests(tests, file_setup, file_teardown);
+    for (int32_t rounding = PLORA_ROUND_NEAREST; rounding <= PLORA_ROUND_RESIDUAL; ++rounding) {
+        ledger_mode.residual = residuals[rounding];
+        ledger_mode.rounding = rounding;
+        failures += cmocka_run_group_tests(tests, file_setup, file_teardown);
+    }
+    return failures;
 }

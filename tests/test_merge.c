@@ -487,8 +487,7 @@ static void expect_rounded(struct rounded_merge *m, int64_t i, int64_t j)
     m->low_start[at] = (uint16_t)check_next();
     if ((m->start[at] & 0x7fff) == 0) m->low_start[at] &= 0x7fff; /* nothing is below 0 */
     m->in.before[at] = joined(m, m->start[at], m->low_start[at]);
-    const float value =
-        merged_value(c, &m->in.args, m->level != CPU_ISA_PORTABLE, (float)m->in.before[at], i, j);
+    const float value = merged_value(c, &m->in.args, m->level != CPU_ISA_PORTABLE, (float)m->in.before[at], i, j);
     if (m->in.args.residual != NULL) {
         plora__split_residual(value, c->dtype, &m->want[at], &m->low_want[at]);
         return;
@@ -501,7 +500,8 @@ static void expect_rounded(struct rounded_merge *m, int64_t i, int64_t j)
 
 static struct rounded_merge make_rounded(const struct merge_case *c, int level, int32_t rounding)
 {
-    struct rounded_merge m = {.c = *c, .level = level, .in = make_inputs(c, level), .low_stride = c->columns + check_integer(0, 1) * 8};
+    struct rounded_merge m = {
+        .c = *c, .level = level, .in = make_inputs(c, level), .low_stride = c->columns + check_integer(0, 1) * 8};
     m.low = allocate((size_t)(c->rows * m.low_stride) * sizeof *m.low);
     m.start = halves(c), m.low_start = halves(c), m.want = halves(c), m.low_want = halves(c);
     m.in.args.rounding = rounding;

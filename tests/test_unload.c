@@ -1,7 +1,8 @@
 /* test_unload.c: plora_unload() as a whole: what becomes of weights, adapters, optimizer and stage, what is refused,
- * and the report. The kernels under it are in test_merge.c. */
+ * and the report. The kernels under it are in test_merge.c, residuals over many unloads in test_residual.c. */
 #include "check.h"
 #include "reference_unload.h"
+#include "residual_fixture.h"
 
 static void *allocate(size_t bytes)
 {
@@ -26,6 +27,10 @@ struct fixture {
     int64_t count;
 };
 
+/* How the tests round: each runs with every mode. */
+static plora_unload_options usual = PLORA_UNLOAD_OPTIONS_INIT;
+static int32_t usual_residual;
+
 static void setup(struct fixture *f, int32_t algorithm, int32_t threads)
 {
     static const int64_t shapes[LAYERS][2] = {{37, 29}, {64, 96}, {11, 70}, {48, 33}}; /* N, K */
@@ -47,6 +52,7 @@ static void setup(struct fixture *f, int32_t algorithm, int32_t threads)
     options.rank = 5;
     options.alpha = 7;
     options.seed = check_next();
+    options.residual = usual_residual;
     CHECK_OK(plora_adapters_create(f->model, &options, &f->adapters));
     plora_optimizer_options optimizer = PLORA_OPTIMIZER_OPTIONS_INIT;
     optimizer.algorithm = algorithm;
@@ -100,6 +106,20 @@ static void train(struct fixture *f)
     }
 }
 
+/* What a weight and its residual hold, in the order of [N,K]. */
+static void values_of(const struct fixture *f, int layer, double *values)
+{
+    const plora_matrix *w = &f->weights[layer].m;
+    uint16_t *residual = residual_of(f->model, layer);
+    for (int64_t e = 0; e < w->rows * w->columns; ++e) {
+        const int64_t row = e / w->columns, column = e % w->columns;
+        const uint16_t *bits = (const uint16_t *)w->data + row * w->stride + column;
+        values[layer == 3 ? column * w->rows + row : e] =
+            residual != NULL ? plora__join_residual(*bits, residual[e], w->dtype) : check_element(w, row, column);
+    }
+    free(residual);
+}
+
 /* y[N] and its rounding bound's magnitude, of W[N,K] + s B A applied to x, in double. */
 static void apply(const struct fixture *f, int layer, const double *x, double *y)
 {
@@ -140,11 +160,13 @@ static void function_kept(double momentum)
         for (int64_t e = 0; e < view->b.rows * view->b.columns; ++e)
             b_max = fmax(b_max, fabs(((float *)view->b.data)[e]));
         const double delta = (double)view->a.rows * a_max * b_max * view->scale;
-        /* one rounding of W; fp32 errors of D; each factor k A, k B with two roundings, of k and of the product */
-        weight_bound[i] = reference_merge_error(w->dtype, largest + delta, reference_delta_error(view->a.rows, delta)) +
-                          5 * 0x1p-24 * delta;
+        /* one rounding of W, at random up to twice as far; fp32 errors of D; each factor k A, k B with two roundings, of k and of the product */
+        weight_bound[i] =
+            (usual.rounding == PLORA_ROUND_STOCHASTIC ? 2 : 1) *
+                reference_merge_error(w->dtype, largest + delta, reference_delta_error(view->a.rows, delta)) +
+            5 * 0x1p-24 * delta;
     }
-    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    plora_unload_options options = usual;
     options.momentum = momentum;
     CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL)));
     CHECK(plora_adapters_stage(f.adapters) == 1, "stage %lld after the first unload",
@@ -180,7 +202,7 @@ static void test_full_unload_resets(void **state)
     memcpy(initial, f.parameters, (size_t)f.count * sizeof(float));
     train(&f);
     int64_t step = -1, nonzero = 0, same = 0, a_elements = 0;
-    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, NULL, NULL)));
     CHECK_OK(plora_optimizer_state(f.optimizer, NULL, NULL, NULL, &step));
     for (int64_t e = 0; e < f.count; ++e)
         nonzero += plora__float_bits(f.first[e]) != 0 || plora__float_bits(f.second[e]) != 0;
@@ -216,7 +238,7 @@ static void test_moments_kept(void **state)
         memcpy(p, f.parameters, bytes);
         memcpy(m, f.first, bytes);
         if (f.second != NULL) memcpy(v, f.second, bytes);
-        plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+        plora_unload_options options = usual;
         options.momentum = 0.5 + 0.4 * check_uniform();
         options.moments = check_integer(0, 1) ? PLORA_MOMENTS_KEEP : PLORA_MOMENTS_DEFAULT;
         CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, NULL, NULL)));
@@ -286,26 +308,36 @@ static void test_refusals(void **state)
                 char name[32];
                 snprintf(name, sizeof name, "layer%d", i);
                 *element = bad[kind];
-                refused(&f, f.optimizer, NULL, PLORA_ERROR_NON_FINITE, name);
+                refused(&f, f.optimizer, &usual, PLORA_ERROR_NON_FINITE, name);
                 *element = kept;
             }
-    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    plora_unload_options options = usual;
     const double momenta[] = {0.0, -0.5, 1.0001, NAN, INFINITY};
     for (int i = 0; i < CHECK_COUNT(momenta); ++i) {
         options.momentum = momenta[i];
         refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "momentum");
     }
-    options = (plora_unload_options)PLORA_UNLOAD_OPTIONS_INIT;
+    options = usual;
     options.moments = PLORA_MOMENTS_KEEP;
     refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "momentum is 1");
     options.moments = 3;
     refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "moments 3");
-    options = (plora_unload_options)PLORA_UNLOAD_OPTIONS_INIT;
-    options.rounding = 1;
-    refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "rounding 1");
+    options = usual;
+    const int32_t unknown[] = {-2, 3};
+    for (int i = 0; i < 2; ++i) {
+        options.rounding = unknown[i];
+        refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT, "is unknown");
+    }
+    for (int32_t rounding = PLORA_ROUND_NEAREST; rounding <= PLORA_ROUND_RESIDUAL; ++rounding) {
+        const int kept = usual_residual != PLORA_RESIDUAL_NONE;
+        if (kept == (rounding == PLORA_ROUND_RESIDUAL)) continue;
+        options.rounding = rounding;
+        refused(&f, f.optimizer, &options, PLORA_ERROR_INVALID_ARGUMENT,
+                kept ? "would lose the residual that layer 'layer3' keeps" : "which layer 'layer3' does not keep");
+    }
     refused(&f, other.optimizer, NULL, PLORA_ERROR_INVALID_ARGUMENT, "other adapters");
     CHECK_FAILS(DEVICE(plora_unload(NULL, NULL, NULL, NULL, NULL)), PLORA_ERROR_INVALID_ARGUMENT, "adapters");
-    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL))); /* the handles stayed usable */
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, NULL, NULL))); /* the handles stayed usable */
     teardown(&other);
     teardown(&f);
 }
@@ -329,9 +361,9 @@ static void test_overflow(void **state)
         a[k] = sqrtf(top) / 2; /* rank 0, column k */
         b[n * view->b.columns] = (float)(sqrtf(top) / 4 / view->scale);
         plora__store(w->data, at, w->dtype, 0.9375f * top);
-        refused(&f, f.optimizer, NULL, PLORA_ERROR_NON_FINITE, "overflow");
+        refused(&f, f.optimizer, &usual, PLORA_ERROR_NON_FINITE, "overflow");
         plora__store(w->data, at, w->dtype, NAN); /* not this call's doing, and no reason to refuse */
-        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
+        CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, NULL, NULL)));
         CHECK(isnan(plora__load(w->data, at, w->dtype)), "a NaN of W is gone");
         for (int64_t e = 0; e < w->rows * w->columns; ++e) {
             const int64_t place = e / w->columns * w->stride + e % w->columns;
@@ -358,16 +390,14 @@ static void test_report(void **state)
         d[i] = allocate((size_t)(n * k) * sizeof(double));
         magnitude[i] = allocate((size_t)(n * k) * sizeof(double));
         reference_delta(momentum * v->scale, n, k, rank, v->b.data, rank, 1, v->a.data, k, 1, d[i], magnitude[i]);
-        for (int64_t e = 0; e < n * k; ++e)
-            before[i][e] =
-                i == 3 ? check_element(&f.weights[i].m, e % k, e / k) : check_element(&f.weights[i].m, e / k, e % k);
+        values_of(&f, i, before[i]);
     }
     plora_unload_layer layers[LAYERS];
     memset(layers, CHECK_POISON, sizeof layers);
     plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
     report.layers = layers;
     report.layer_capacity = LAYERS - 1;
-    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    plora_unload_options options = usual;
     options.momentum = momentum;
     CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, &report, NULL)));
     CHECK(report.stage == 0 && report.weights == LAYERS, "stage %lld, weights %d", (long long)report.stage,
@@ -376,17 +406,18 @@ static void test_report(void **state)
     memset(poison, CHECK_POISON, sizeof poison);
     CHECK(memcmp(&layers[LAYERS - 1], poison, sizeof poison) == 0, "wrote past layer_capacity");
 
-    double all = 0, dd_all = 0, gd_all = 0, ww_all = 0, changed_all = 0, effective_all = 0, lost_all = 0;
+    double all = 0, dd_all = 0, gd_all = 0, ww_all = 0, ll_all = 0, changed_all = 0, effective_all = 0, lost_all = 0;
     for (int i = 0; i < LAYERS; ++i) {
         const int64_t n = f.views[i].b.rows, k = f.views[i].a.columns;
-        double dd = 0, gd = 0, ww = 0, changed = 0, lost = 0;
+        double dd = 0, gd = 0, ww = 0, ll = 0, changed = 0, lost = 0;
+        double *after = allocate((size_t)(n * k) * sizeof(double));
+        values_of(&f, i, after);
         for (int64_t e = 0; e < n * k; ++e) {
-            const double after =
-                i == 3 ? check_element(&f.weights[i].m, e % k, e / k) : check_element(&f.weights[i].m, e / k, e % k);
-            const double g = after - before[i][e];
+            const double g = after[e] - before[i][e];
             dd += d[i][e] * d[i][e];
             gd += g * d[i][e];
             ww += before[i][e] * before[i][e];
+            ll += (d[i][e] - g) * (d[i][e] - g);
             changed += g != 0;
             lost = fmax(lost, fabs(d[i][e] - g));
         }
@@ -399,9 +430,11 @@ static void test_report(void **state)
             CHECK_CLOSE(layers[i].captured, gd / dd, 1e-5, "captured of %d", i);
             CHECK_CLOSE(layers[i].changed, changed / elements, 1e-12, "changed of %d", i);
             CHECK_CLOSE(layers[i].lost_max, lost, 1e-6 * sqrt(dd / elements), "lost_max of %d", i);
+            CHECK_CLOSE(layers[i].lost_rms, sqrt(ll / elements), 1e-6 * sqrt(dd / elements), "lost_rms of %d", i);
             CHECK_CLOSE(layers[i].effective_rank, effective, 1e-4, "effective_rank of %d", i);
         }
-        all += elements, dd_all += dd, gd_all += gd, ww_all += ww, changed_all += changed;
+        free(after);
+        all += elements, dd_all += dd, gd_all += gd, ww_all += ww, ll_all += ll, changed_all += changed;
         effective_all += effective / LAYERS;
         lost_all = fmax(lost_all, lost);
     }
@@ -410,11 +443,12 @@ static void test_report(void **state)
     CHECK_CLOSE(report.captured, gd_all / dd_all, 1e-5, "captured");
     CHECK_CLOSE(report.changed, changed_all / all, 1e-12, "changed");
     CHECK_CLOSE(report.lost_max, lost_all, 1e-6 * sqrt(dd_all / all), "lost_max");
+    CHECK_CLOSE(report.lost_rms, sqrt(ll_all / all), 1e-6 * sqrt(dd_all / all), "lost_rms");
     CHECK_CLOSE(report.effective_rank, effective_all, 1e-4, "effective_rank");
 
-    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, NULL, NULL)));
     report = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
-    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, &report, NULL))); /* B = 0: nothing to merge */
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, &report, NULL))); /* B = 0: nothing to merge */
     CHECK(report.stage == 2 && report.captured == 1 && report.update_rms == 0 && report.effective_rank == 0 &&
               report.lost_max == 0,
           "captured %g, update_rms %g, effective_rank %g of an empty update", report.captured, report.update_rms,
@@ -438,7 +472,7 @@ static void test_many_unloads(void **state)
     CHECK_OK(plora_memory_stats(f.context, &start));
     for (int unload = 0; unload < 32; ++unload) {
         train(&f);
-        plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+        plora_unload_options options = usual;
         plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
         options.momentum = unload % 3 == 0 ? 0.3 : 1.0;
         CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &options, unload % 2 ? &report : NULL, NULL)));
@@ -462,7 +496,7 @@ static void test_gradients_after_unload(void **state)
     struct fixture f;
     setup(&f, PLORA_OPTIMIZER_ADAMW, 2);
     train(&f);
-    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, NULL, NULL, NULL)));
+    CHECK_OK(DEVICE(plora_unload(f.adapters, f.optimizer, &usual, NULL, NULL)));
     for (int i = 0; i < LAYERS; ++i) {
         const int64_t n = f.views[i].b.rows, k = f.views[i].a.columns;
         struct check_matrix x = check_matrix_new(3, k, k, PLORA_F32), dy = check_matrix_new(3, n, n, PLORA_F32);
@@ -495,7 +529,7 @@ static void test_threads(void **state)
         setup(&f[t], PLORA_OPTIMIZER_ADAMW, t + 1);
         train(&f[t]);
         report[t] = (plora_unload_report)PLORA_UNLOAD_REPORT_INIT;
-        CHECK_OK(DEVICE(plora_unload(f[t].adapters, f[t].optimizer, NULL, &report[t], NULL)));
+        CHECK_OK(DEVICE(plora_unload(f[t].adapters, f[t].optimizer, &usual, &report[t], NULL)));
         CHECK(memcmp(&report[t], &report[0], sizeof report[0]) == 0, "the report differs with %d threads", t + 1);
         CHECK(memcmp(f[t].parameters, f[0].parameters, (size_t)f[0].count * sizeof(float)) == 0,
               "parameters, %d threads", t + 1);
@@ -519,5 +553,15 @@ int main(void)
         cmocka_unit_test(test_many_unloads),     cmocka_unit_test(test_gradients_after_unload),
         cmocka_unit_test(test_threads),
     };
-    return cmocka_run_group_tests(tests, NULL, NULL);
+    static const int32_t modes[][2] = {{PLORA_ROUND_NEAREST, PLORA_RESIDUAL_NONE},
+                                       {PLORA_ROUND_STOCHASTIC, PLORA_RESIDUAL_NONE},
+                                       {PLORA_ROUND_RESIDUAL, PLORA_RESIDUAL_DEVICE},
+                                       {PLORA_ROUND_DEFAULT, PLORA_RESIDUAL_HOST}};
+    int failures = 0;
+    for (int i = 0; i < CHECK_COUNT(modes); ++i) {
+        usual.rounding = modes[i][0];
+        usual_residual = modes[i][1];
+        failures += cmocka_run_group_tests(tests, NULL, NULL);
+    }
+    return failures;
 }

@@ -52,6 +52,7 @@ static int create_adapters(struct run *run, int64_t tokens)
     options.seed = (uint64_t)o->seed;
     options.targets = o->targets;
     options.rslora = (int32_t)o->rslora;
+    if (o->method != METHOD_PLORA) options.residual = PLORA_RESIDUAL_NONE; /* nothing is unloaded */
     options.workspace_tokens = tokens < 1 ? 1 : tokens > 2048 ? 2048 : tokens;
     plora_model *model = llama_model(run->llama);
     LIBRARY(plora_adapters_create(model, &options, &run->adapters));

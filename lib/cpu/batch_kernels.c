@@ -1,9 +1,9 @@
 /* batch_kernels.c: the low-rank products of one slot's tokens, compiled once per instruction level (isa.h), in fp32.
  *
- *     shrink    low = s x A^T     dot products along K, TOKENS x RANKS at once, DEPTH columns after the other so that x and A stay in
- *                                 the nearest cache; the lanes of a sum are added up at the end of each
- *     expand    y  += low B^T     columns in lanes, TOKENS x VECTORS registers; a panel of B is turned round once for all tokens, and
- *                                 each y is rounded once */
+ *     shrink    low = s x A^T     dot products along K, TOKENS x RANKS at once, DEPTH columns after the other so that x
+ *                                 and A stay in the nearest cache; the lanes of a sum are added up at the end of each
+ *     expand    y  += low B^T     columns in lanes, TOKENS x VECTORS registers; a panel of B is turned round once for
+ *                                 all tokens, and each y is rounded once */
 #include "batch_kernels.h"
 
 #include "dtype.h"
@@ -21,7 +21,7 @@ enum { RANKS = 4, DEPTH = 1024, PANEL = VECTORS * CPU_LANES, CACHE_LINE = 64 };
 typedef uint16_t halves __attribute__((vector_size(2 * CPU_LANES)));
 typedef float four __attribute__((vector_size(16)));
 
-/* ------------------------------------------------------------------------------------------------------------- numbers */
+/* ---------------------------------------------------------------------------------------------------------- numbers */
 
 CPU_INLINE cpu_vf load_lanes(const char *from, int32_t dtype)
 {
@@ -45,7 +45,8 @@ CPU_INLINE void store_lanes(char *to, int32_t dtype, cpu_vf value)
         cpu_store(to, value);
         return;
     }
-    const cpu_vu bits = (cpu_vu)value, is_nan = (cpu_vu)(value != value); /* plora__float_to_bf16() by lanes */
+    const cpu_vu bits = (cpu_vu)value; /* plora__float_to_bf16() by lanes */
+    const cpu_vu is_nan = (cpu_vu)((cpu_vi)(bits & 0x7fffffffu) > 0x7f800000);
     const cpu_vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = bits >> 16 | 0x40u;
     const halves narrow = __builtin_convertvector((rounded & ~is_nan) | (quiet & is_nan), halves);
     memcpy(to, &narrow, sizeof narrow);
@@ -77,7 +78,7 @@ static char *row_of(const plora_matrix *matrix, const struct cpu_batch_rows *row
     return (char *)matrix->data + row * matrix->stride * (int64_t)plora__dtype_size(matrix->dtype);
 }
 
-/* -------------------------------------------------------------------------------------------------------------- shrink */
+/* ----------------------------------------------------------------------------------------------------------- shrink */
 
 /* low[i, r] (+)= sum over `depth` columns of x[i] a[r]. tokens, ranks and dtype are constants at every call. */
 CPU_INLINE void dots(int tokens, int ranks, int32_t dtype, char *const x[], const float *a, int64_t a_stride,
@@ -162,7 +163,7 @@ static void shrink(const plora_matrix *x, const struct cpu_batch_rows *rows, con
         shrink_as(PLORA_BF16, x, rows, slot, low, low_stride);
 }
 
-/* -------------------------------------------------------------------------------------------------------------- expand */
+/* ----------------------------------------------------------------------------------------------------------- expand */
 
 /* Four rows of four numbers become four columns. */
 CPU_INLINE void turn(const float *from, int64_t stride, float *to)
@@ -170,14 +171,13 @@ CPU_INLINE void turn(const float *from, int64_t stride, float *to)
     four row[4];
     for (int i = 0; i < 4; ++i)
         memcpy(&row[i], from + i * stride, sizeof row[i]);
-    typedef int32_t order __attribute__((vector_size(16)));
-    const four low01 = __builtin_shuffle(row[0], row[1], (order){0, 4, 1, 5});
-    const four high01 = __builtin_shuffle(row[0], row[1], (order){2, 6, 3, 7});
-    const four low23 = __builtin_shuffle(row[2], row[3], (order){0, 4, 1, 5});
-    const four high23 = __builtin_shuffle(row[2], row[3], (order){2, 6, 3, 7});
+    const four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+    const four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+    const four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+    const four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
     const four columns[4] = {
-        __builtin_shuffle(low01, low23, (order){0, 1, 4, 5}), __builtin_shuffle(low01, low23, (order){2, 3, 6, 7}),
-        __builtin_shuffle(high01, high23, (order){0, 1, 4, 5}), __builtin_shuffle(high01, high23, (order){2, 3, 6, 7})};
+        __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
+        __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
     for (int i = 0; i < 4; ++i)
         memcpy(to + i * PANEL, &columns[i], sizeof columns[i]);
 }

@@ -1,5 +1,5 @@
-/* batch_kernels.h: the kernels under cpu_batch.c, one table per instruction level (isa.h). The order of a token's sums depends on K and R
- * alone: not on the other tokens, nor on how many there are. */
+/* batch_kernels.h: the kernels under cpu_batch.c, one table per instruction level (isa.h). The order of a token's sums
+ * depends on K and R alone: not on the other tokens, nor on how many there are. */
 #ifndef PLORA_CPU_BATCH_KERNELS_H
 #define PLORA_CPU_BATCH_KERNELS_H
 
@@ -16,7 +16,7 @@ struct cpu_batch_kernels {
     /* low[i * low_stride + r] = scale * sum_k x[row i, k] a[r * K + k] */
     void (*shrink)(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
                    float *low, int64_t low_stride);
-    /* y[row i, n] += sum_r low[i * low_stride + r] b[n * R + r] for n in [begin, end); panel has room for R * panel_columns. */
+    /* y[row i, n] += sum_r low[i * low_stride + r] b[n * R + r] for begin <= n < end; panel: R * panel_columns. */
     void (*expand)(const plora_matrix *y, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
                    const float *low, int64_t low_stride, int64_t begin, int64_t end, float *panel);
 };

@@ -1,7 +1,7 @@
 /* cpu_batch.c: many adapters in one batch: y[t] += s (x[t] A^T) B^T, in two passes over the segments (batch_kernels.h).
  *
- *     low[tokens, R] = s x A^T     by tiles of tokens: each row of x is read once where it lies, A stays in the cache for its tile
- *     y += low B^T                 by (segment, CHUNK columns): each part of B is read and turned round once for all its tokens
+ *     low[tokens, R] = s x A^T     by tiles of tokens: rows of x are read where they lie, A stays in the cache
+ *     y += low B^T                 by (segment, CHUNK columns): each part of B is read and turned round once
  *
  * Workspace: [low][a panel of B for each thread]. Nothing is shared with other calls, and no lock is taken. */
 #include "batch_kernels.h"

@@ -1,7 +1,8 @@
-/* cpu_dequantise.c: a panel of a quantised weight as fp32 or bf16, by rows; each row is cut where the scale changes. The layouts are
- * those of plora__quantised (backend.h), the loops over numbers in dequantise_kernels.c.
+/* cpu_dequantise.c: a panel of a quantised weight as fp32 or bf16, by rows; each row is cut where the scale changes.
+ * The layouts are those of plora__quantised (backend.h), the loops over numbers in dequantise_kernels.c.
  *
- * The absmax of double quantisation is computed here, where nothing is contracted: one product and one sum, rounded each. */
+ * The absmax of double quantisation is computed here, where nothing is contracted: one product and one sum, rounded
+ * each. */
 #include "cpu_backend.h"
 #include "dequantise_kernels.h"
 #include "dtype.h"

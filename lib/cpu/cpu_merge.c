@@ -219,11 +219,12 @@ const struct cpu_merge_kernels *cpu_merge_kernels(int isa)
     return tables[isa];
 }
 
-/* Matrix tiles take as long for a rank of 1 as for one of 32: below about 16, or 8 in a 16-bit weight, vectors are faster. */
+/* Matrix tiles take as long for a rank of 1 as for one of 32: up to about 16, or 8 in a 16-bit weight that is rounded to nearest,
+ * vectors are faster. */
 static const struct cpu_merge_kernels *kernels_for(const struct plora__merge_args *args)
 {
-    const int isa = cpu_isa(), size = (int)plora__dtype_size(args->weight.dtype);
-    return cpu_merge_kernels(isa == CPU_ISA_AMX && args->rank <= 4 * size ? CPU_ISA_AVX512 : isa);
+    const int isa = cpu_isa(), narrow = args->weight.dtype != PLORA_F32 && args->rounding == PLORA_ROUND_NEAREST;
+    return cpu_merge_kernels(isa == CPU_ISA_AMX && args->rank <= (narrow ? 8 : 16) ? CPU_ISA_AVX512 : isa);
 }
 
 void cpu_merge_rows(int threads, const struct plora__merge_args *args)
@@ -239,7 +240,11 @@ void cpu_merge_rows(int threads, const struct plora__merge_args *args)
 size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)
 {
     (void)device;
-    return cpu_merge_workspace_with(kernels_for(args), args);
+    struct plora__merge_args other = *args; /* whichever way it will be rounded */
+    other.rounding = args->rounding == PLORA_ROUND_NEAREST ? PLORA_ROUND_RESIDUAL : PLORA_ROUND_NEAREST;
+    const size_t bytes = cpu_merge_workspace_with(kernels_for(args), args),
+                 other_bytes = cpu_merge_workspace_with(kernels_for(&other), &other);
+    return bytes > other_bytes ? bytes : other_bytes;
 }
 
 plora_status cpu_magnitudes(void *device, const struct plora__magnitude_args *args, void *stream)

@@ -1,8 +1,8 @@
-/* dequantise_kernels.c: codes times a scale, compiled once per instruction level (isa.h). One product each, rounded to fp32, then to
- * bf16 where that is asked for: the same bits at every level.
+/* dequantise_kernels.c: codes times a scale, compiled once per instruction level (isa.h). One product each, rounded to
+ * fp32, then to bf16 where that is asked for: the same bits at every level.
  *
- * NF4: two elements a byte, the first in the upper half. A register of indices picks from the 16 values, which fill one register
- * (AVX-512) or two (AVX2). */
+ * NF4: two elements a byte, the first in the upper half. A register of indices picks from the 16 values, which fill one
+ * register (AVX-512) or two (AVX2). */
 #include "dequantise_kernels.h"
 
 #include "dtype.h"
@@ -52,9 +52,11 @@ CPU_INLINE cpu_vf nf4_lanes(const uint8_t *codes)
 #endif
     const cpu_vu index = word >> shift & 15;
 #if CPU_ISA >= CPU_ISA_AVX512
-    return __builtin_shuffle(cpu_load(nf4_values), index);
+    return _mm512_permutexvar_ps((__m512i)index, cpu_load(nf4_values));
 #else
-    return __builtin_shuffle(cpu_load(nf4_values), cpu_load(nf4_values + CPU_LANES), index);
+    const __m256 low = _mm256_permutevar8x32_ps(cpu_load(nf4_values), (__m256i)index);
+    const __m256 high = _mm256_permutevar8x32_ps(cpu_load(nf4_values + CPU_LANES), (__m256i)index);
+    return _mm256_blendv_ps(low, high, (__m256)(index << 28)); /* by the sign: bit 3 of the index */
 #endif
 }
 

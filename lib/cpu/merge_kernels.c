@@ -175,8 +175,8 @@ CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random,
 }
 
 /* One row of a tile, with its random numbers. */
-CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random,
-                        const cpu_vf sum[TILE_VECTORS], const struct work *work)
+CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random, const cpu_vf sum[TILE_VECTORS],
+                        const struct work *work)
 {
     const cpu_vf factors = cpu_broadcast(work->factor);
     char *weight = place->weight + row * place->stride;
@@ -263,10 +263,9 @@ CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const flo
     atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; ++i) {
-        const uint16_t *numbers =
-            work->rounding == PLORA_ROUND_STOCHASTIC
-                ? random_row(&random, i, place->element + i * work->drawing->row_elements)
-                : NULL;
+        const uint16_t *numbers = work->rounding == PLORA_ROUND_STOCHASTIC
+                                      ? random_row(&random, i, place->element + i * work->drawing->row_elements)
+                                      : NULL;
         add_row(place, i, numbers, sum[i], work);
     }
 }
@@ -352,13 +351,12 @@ CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, 
                 .low_stride = low_stride,
                 .element = block->draw.first_element + row * block->draw.row_elements + column,
             };
-            const struct ahead next = {.row = (uintptr_t)place.weight + (uintptr_t)tile_stride,
-                                       .low_row = rounding == PLORA_ROUND_RESIDUAL
-                                                      ? (uintptr_t)place.low + (uintptr_t)tile_stride
-                                                      : 0,
-                                       .stride = stride,
-                                       .row_bytes = tile_stride,
-                                       .low_stride = low_stride};
+            const struct ahead next = {
+                .row = (uintptr_t)place.weight + (uintptr_t)tile_stride,
+                .low_row = rounding == PLORA_ROUND_RESIDUAL ? (uintptr_t)place.low + (uintptr_t)tile_stride : 0,
+                .stride = stride,
+                .row_bytes = tile_stride,
+                .low_stride = low_stride};
             const int64_t rows = block->rows - row, columns = block->columns - column;
             if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL)
                 merge_tile(&lag, &place, left, right, block->rank, &work, next);

@@ -147,10 +147,10 @@ CPU_INLINE struct halves halves_of(struct pair value)
     const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
 #if CPU_ISA >= CPU_ISA_AVX512
     enum { OR_AND = 0xf8 }; /* a | (b & c) */
-    return (struct halves){(cpu_vu)_mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second,
-                                                             _mm512_set1_epi32((int)0xffff0000u), OR_AND),
-                           (cpu_vu)_mm512_ternarylogic_epi32((__m512i)(second << 16), (__m512i)first,
-                                                             _mm512_set1_epi32(0xffff), OR_AND)};
+    return (struct halves){
+        (cpu_vu)_mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32((int)0xffff0000u),
+                                          OR_AND),
+        (cpu_vu)_mm512_ternarylogic_epi32((__m512i)(second << 16), (__m512i)first, _mm512_set1_epi32(0xffff), OR_AND)};
 #else
     return (struct halves){(first >> 16) | (second & 0xffff0000u), (second << 16) | (first & 0xffffu)};
 #endif
@@ -312,10 +312,10 @@ CPU_INLINE struct pair load_joined(const char *from, const uint16_t *low, int32_
     const cpu_vu upper = (cpu_vu)((cpu_vu16)(cpu_vu)cpu_load(from) - ((cpu_vu16)lower >> 15));
 #if CPU_ISA >= CPU_ISA_AVX512
     enum { OR_AND = 0xf8 }; /* a | (b & c) */
-    return (struct pair){(cpu_vf)_mm512_ternarylogic_epi32((__m512i)(upper << 16), (__m512i)lower,
-                                                           _mm512_set1_epi32(0xffff), OR_AND),
-                         (cpu_vf)_mm512_ternarylogic_epi32((__m512i)(lower >> 16), (__m512i)upper,
-                                                           _mm512_set1_epi32((int)0xffff0000u), OR_AND)};
+    return (struct pair){
+        (cpu_vf)_mm512_ternarylogic_epi32((__m512i)(upper << 16), (__m512i)lower, _mm512_set1_epi32(0xffff), OR_AND),
+        (cpu_vf)_mm512_ternarylogic_epi32((__m512i)(lower >> 16), (__m512i)upper, _mm512_set1_epi32((int)0xffff0000u),
+                                          OR_AND)};
 #else
     return (struct pair){(cpu_vf)(upper << 16 | (lower & 0xffffu)), (cpu_vf)((upper & 0xffff0000u) | lower >> 16)};
 #endif

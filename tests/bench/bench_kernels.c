@@ -120,10 +120,11 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
     float *left = allocate((size_t)(rows * rank) * sizeof(float)),
           *right = allocate((size_t)(rank * columns) * sizeof(float));
     void *weight = allocate(bytes);
-    const int64_t pad = getenv("PAD") ? atoi(getenv("PAD")) : 0;
-    uint16_t *residual = rounding == PLORA_ROUND_RESIDUAL ? allocate(bytes + 2 * rows * pad) : NULL;
+    const int64_t residual_stride = columns + 64; /* as lib/residual.c pads this one */
+    uint16_t *residual =
+        rounding == PLORA_ROUND_RESIDUAL ? allocate((size_t)(rows * residual_stride) * sizeof *residual) : NULL;
     memset(weight, 0, bytes);
-    if (residual != NULL) memset(residual, 0, bytes);
+    if (residual != NULL) memset(residual, 0, (size_t)(rows * residual_stride) * sizeof *residual);
     for (int64_t i = 0; i < rows * rank; ++i)
         left[i] = 1e-3f * (float)(i % 17 - 8);
     for (int64_t i = 0; i < rank * columns; ++i)
@@ -134,7 +135,7 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
         .factor = 0.5f,
         .rounding = rounding,
         .residual = residual,
-        .residual_stride = columns + pad,
+        .residual_stride = residual_stride,
         .draw = {.seed = 1, .row_elements = columns},
         .left = left,
         .left_row_stride = rank,
@@ -164,11 +165,11 @@ static void bench_unload(int64_t rows, int64_t columns, int64_t rank, int32_t dt
     }
     const double compute = 2.0 * (double)rank * (double)rows * (double)columns / peak,
                  limit = scale > compute ? scale : compute;
-    printf(
-        "{\"bench\": \"unload\", \"dtype\": \"%s\", \"rounding\": \"%s\", \"rows\": %lld, \"columns\": %lld, \"rank\": %lld, \"ms\": %.3f, "
-        "\"report_ms\": %.3f, \"scale_ms\": %.3f, \"compute_ms\": %.3f, \"share_of_limit\": %.3f}\n",
-        plora__dtype_name(dtype), names[rounding], (long long)rows, (long long)columns, (long long)rank, 1e3 * merge, 1e3 * report,
-        1e3 * scale, 1e3 * compute, limit / merge);
+    printf("{\"bench\": \"unload\", \"dtype\": \"%s\", \"rounding\": \"%s\", \"rows\": %lld, \"columns\": %lld, "
+           "\"rank\": %lld, \"ms\": %.3f, "
+           "\"report_ms\": %.3f, \"scale_ms\": %.3f, \"compute_ms\": %.3f, \"share_of_limit\": %.3f}\n",
+           plora__dtype_name(dtype), names[rounding], (long long)rows, (long long)columns, (long long)rank, 1e3 * merge,
+           1e3 * report, 1e3 * scale, 1e3 * compute, limit / merge);
     fflush(stdout);
     free(args.workspace);
     free(weight);
@@ -242,8 +243,8 @@ int main(int argc, char **argv)
     for (int s = 0; s < 2; ++s)
         for (int r = 0; r < 3; ++r)
             for (int32_t dtype = PLORA_F32; dtype <= PLORA_BF16; ++dtype)
-                for (int32_t rounding = PLORA_ROUND_NEAREST; rounding <= (dtype == PLORA_F32 ? 0 : PLORA_ROUND_RESIDUAL);
-                     ++rounding)
+                for (int32_t rounding = PLORA_ROUND_NEAREST;
+                     rounding <= (dtype == PLORA_F32 ? 0 : PLORA_ROUND_RESIDUAL); ++rounding)
                     bench_unload(rows[s], 4096, ranks[r], dtype, rounding, peak);
     bench_optimizer(5000000);
     return 0;

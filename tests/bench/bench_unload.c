@@ -1,9 +1,9 @@
 /* bench_unload.c: the unload and the optimizer step, through the public calls, beside what memory allows.
  *
- *     bench_unload unload REPEATS ROWS COLUMNS RANK fp32|bf16
+ *     bench_unload unload REPEATS ROWS COLUMNS RANK fp32|bf16 [nearest|stochastic|residual]
  *     bench_unload optimizer REPEATS COUNT
  *
- * unload      scale    W *= c in place, once: W is read and written, as an unload must
+ * unload      scale    W *= c in place, once, and likewise its residual: both are read and written, as an unload must
  *             unload   plora_unload() of one adapter, no report: checks, W + s B A, fresh A, B = 0, gradients = 0
  *             report   the same with its report
  * optimizer   scale    in place, over as many bytes as parameters, gradients and both moments take together
@@ -27,11 +27,13 @@ struct setup {
     plora_adapter views;
     plora_matrix weight;
     int64_t weight_floats; /* its bytes / 4 */
+    int32_t rounding;
+    float *residual; /* as many bytes, to be scaled beside W; NULL = none */
 };
 
-static struct setup make_setup(int64_t rows, int64_t columns, int64_t rank, int32_t dtype)
+static struct setup make_setup(int64_t rows, int64_t columns, int64_t rank, int32_t dtype, int32_t rounding)
 {
-    struct setup setup = {.views = PLORA_ADAPTER_INIT};
+    struct setup setup = {.views = PLORA_ADAPTER_INIT, .rounding = rounding};
     const size_t bytes = (size_t)(rows * columns) * (dtype == PLORA_F32 ? 4 : 2);
     setup.weight = (plora_matrix){measure_allocate(bytes), rows, columns, columns, dtype, 0};
     setup.weight_floats = (int64_t)(bytes / sizeof(float));
@@ -47,6 +49,8 @@ static struct setup make_setup(int64_t rows, int64_t columns, int64_t rank, int3
     options.rank = (int32_t)rank;
     options.alpha = (double)(2 * rank);
     options.workspace_tokens = 1;
+    options.residual = rounding == PLORA_ROUND_RESIDUAL ? PLORA_RESIDUAL_DEVICE : PLORA_RESIDUAL_NONE;
+    if (rounding == PLORA_ROUND_RESIDUAL) setup.residual = measure_allocate(bytes);
     TRY(plora_context_create(NULL, &setup.context));
     TRY(plora_model_create(setup.context, &setup.model));
     TRY(plora_model_add_linear(setup.model, &linear, NULL));
@@ -61,25 +65,29 @@ static void end_setup(struct setup *setup)
     plora_model_destroy(setup->model);
     plora_context_destroy(setup->context);
     free(setup->weight.data);
+    free(setup->residual);
 }
 
 /* A trained adapter, with an update so small that the values stay what they are over many repeats. */
 static double unload(struct setup *setup, plora_unload_report *report)
 {
     measure_fill_fp32(setup->views.b.data, setup->views.b.rows * setup->views.b.columns, 1e-4f);
+    plora_unload_options options = PLORA_UNLOAD_OPTIONS_INIT;
+    options.rounding = setup->rounding;
     const double begin = measure_now();
-    TRY(plora_unload(setup->adapters, NULL, NULL, report, NULL));
+    TRY(plora_unload(setup->adapters, NULL, &options, report, NULL));
     return measure_now() - begin;
 }
 
-static void bench_unload(int repeats, int64_t rows, int64_t columns, int64_t rank, int32_t dtype)
+static void bench_unload(int repeats, int64_t rows, int64_t columns, int64_t rank, int32_t dtype, int32_t rounding)
 {
-    struct setup setup = make_setup(rows, columns, rank, dtype);
+    struct setup setup = make_setup(rows, columns, rank, dtype, rounding);
     double scale[MAX_REPEATS], plain[MAX_REPEATS], reported[MAX_REPEATS];
     for (int i = -WARM_UP; i < repeats; ++i) {
         const int slot = i < 0 ? 0 : i;
         plora_unload_report report = PLORA_UNLOAD_REPORT_INIT;
         scale[slot] = measure_scale(setup.weight.data, setup.weight_floats, 1.0f);
+        if (setup.residual != NULL) scale[slot] += measure_scale(setup.residual, setup.weight_floats, 1.0f);
         plain[slot] = unload(&setup, NULL);
         reported[slot] = unload(&setup, &report);
     }
@@ -96,7 +104,8 @@ static void bench_unload(int repeats, int64_t rows, int64_t columns, int64_t ran
 
 static void bench_optimizer(int repeats, int64_t count)
 {
-    struct setup setup = make_setup(OPTIMIZER_SIDE, OPTIMIZER_SIDE, count / (2 * OPTIMIZER_SIDE), PLORA_BF16);
+    struct setup setup =
+        make_setup(OPTIMIZER_SIDE, OPTIMIZER_SIDE, count / (2 * OPTIMIZER_SIDE), PLORA_BF16, PLORA_ROUND_NEAREST);
     const plora_optimizer_options options = PLORA_OPTIMIZER_OPTIONS_INIT;
     plora_optimizer *optimizer;
     float *gradients;
@@ -123,16 +132,26 @@ static void bench_optimizer(int repeats, int64_t count)
     end_setup(&setup);
 }
 
+static int32_t rounding_of(const char *name)
+{
+    static const char *const names[] = {"nearest", "stochastic", "residual"};
+    for (int32_t rounding = PLORA_ROUND_NEAREST; rounding <= PLORA_ROUND_RESIDUAL; ++rounding)
+        if (strcmp(name, names[rounding]) == 0) return rounding;
+    measure_die("rounding is nearest, stochastic or residual");
+    return -1;
+}
+
 int main(int argc, char **argv)
 {
     const int repeats = argc > 2 ? atoi(argv[2]) : 0;
     if (repeats < 1 || repeats > MAX_REPEATS) measure_die("REPEATS is 1 to 1000");
-    if (argc == 7 && strcmp(argv[1], "unload") == 0)
+    if ((argc == 7 || argc == 8) && strcmp(argv[1], "unload") == 0)
         bench_unload(repeats, atoll(argv[3]), atoll(argv[4]), atoll(argv[5]),
-                     strcmp(argv[6], "bf16") == 0 ? PLORA_BF16 : PLORA_F32);
+                     strcmp(argv[6], "bf16") == 0 ? PLORA_BF16 : PLORA_F32,
+                     argc == 8 ? rounding_of(argv[7]) : PLORA_ROUND_NEAREST);
     else if (argc == 4 && strcmp(argv[1], "optimizer") == 0)
         bench_optimizer(repeats, atoll(argv[3]));
     else
-        measure_die("bench_unload unload REPEATS ROWS COLUMNS RANK fp32|bf16 | optimizer REPEATS COUNT");
+        measure_die("bench_unload unload REPEATS ROWS COLUMNS RANK fp32|bf16 [ROUNDING] | optimizer REPEATS COUNT");
     return 0;
 }
