@@ -311,6 +311,7 @@ static CHECK_UNUSED void fixture_check_dx(const struct linear_fixture *f, const 
     double *want = fixture_doubles(count), *bound = fixture_doubles(count);
     const int delta_only = (c->flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     const int kept = delta_only || (c->flags & PLORA_LINEAR_ACCUMULATE) != 0;
+    CHECK(!kept || old_dx != NULL, "the test itself did not keep dx");
     for (int64_t i = 0; i < count; ++i)
         fixture_output_bound(c, c->dx_dtype, c->out_features, kept ? old_dx[i] : 0.0,
                              delta_only ? (struct reference_sum){0, 0} : g->base[i], g->low[i], &want[i], &bound[i]);

@@ -12,7 +12,7 @@ static CHECK_UNUSED uint16_t *residual_of(const plora_model *model, int32_t weig
     const plora_matrix residual = plora__residual_matrix(&model->weights[weight]);
     if (residual.data == NULL) return NULL;
     const size_t row = (size_t)residual.columns * sizeof(uint16_t);
-    uint16_t *copy = malloc((size_t)residual.rows * row);
+    uint16_t *copy = calloc((size_t)residual.rows, row);
     CHECK(copy != NULL, "the test itself is out of memory");
     for (int64_t i = 0; i < residual.rows; ++i)
         device_transfer(copy + i * residual.columns, (uint16_t *)residual.data + i * residual.stride, row);

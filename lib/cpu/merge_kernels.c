@@ -144,7 +144,7 @@ CPU_INLINE void add_sums(struct lane_sums *sums, cpu_vf before, cpu_vf after, cp
 
 /* Rows of a tile in memory, strides in bytes. */
 struct place {
-    char *weight, *low; /* low halves, with PLORA_ROUND_RESIDUAL */
+    char *weight, *low; /* low halves, with PLORA_ROUND_RESIDUAL; else NULL */
     int64_t stride, low_stride;
     int64_t element; /* the number of the first, with PLORA_ROUND_STOCHASTIC */
 };
@@ -180,7 +180,7 @@ CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *
 {
     const cpu_vf factors = cpu_broadcast(work->factor);
     char *weight = place->weight + row * place->stride;
-    uint16_t *low = (uint16_t *)(place->low + row * place->low_stride);
+    uint16_t *low = work->rounding == PLORA_ROUND_RESIDUAL ? (uint16_t *)(place->low + row * place->low_stride) : NULL;
 #pragma GCC unroll 8
     for (int j = 0; j < TILE_VECTORS; j += 2) {
         const struct pair before = load_value(weight, low, work);
@@ -300,34 +300,43 @@ static int64_t count_overflows(const char *before, const char *after, int64_t el
     return count;
 }
 
-/* A tile over the edge, or of a trial: on copies. */
-CPU_INLINE void merge_copy(const struct cpu_merge_block *block, struct lag *lag, const struct place *place,
-                           const float *left, const float *right, int64_t rows, int64_t columns,
-                           const struct work *work, struct ahead next)
+/* A tile over the edge, or of a trial, is worked on as a copy, padded with zeros. */
+struct copy {
+    int64_t rows, columns; /* of W in it */
+    _Alignas(CACHE_LINE) char weight[TILE_ROWS * TILE_COLUMNS * sizeof(float)];
+    char before[TILE_ROWS * TILE_COLUMNS * sizeof(float)];
+    _Alignas(CACHE_LINE) char low[TILE_ROWS * TILE_COLUMNS * sizeof(uint16_t)];
+};
+
+/* Fills it, and says where its rows are. */
+static struct place open_copy(struct copy *copy, const struct place *place, int64_t size, int trial)
 {
-    enum { ELEMENTS = TILE_ROWS * TILE_COLUMNS };
-    const int64_t size = (int64_t)plora__dtype_size(work->dtype), stride = TILE_COLUMNS * size;
-    const int64_t low_stride = TILE_COLUMNS * (int64_t)sizeof(uint16_t);
-    const size_t row_bytes = (size_t)(columns * size), low_bytes = (size_t)columns * sizeof(uint16_t);
-    const int residual = work->rounding == PLORA_ROUND_RESIDUAL;
-    _Alignas(CACHE_LINE) char weight[ELEMENTS * sizeof(float)], before[ELEMENTS * sizeof(float)],
-        low[ELEMENTS * sizeof(uint16_t)];
-    memset(weight, 0, sizeof weight);
-    copy_tile(weight, stride, place->weight, place->stride, rows, row_bytes);
-    if (residual) {
-        memset(low, 0, sizeof low);
-        copy_tile(low, low_stride, place->low, place->low_stride, rows, low_bytes);
+    const int64_t low_size = (int64_t)sizeof(uint16_t);
+    const struct place result = {copy->weight, copy->low, TILE_COLUMNS * size, TILE_COLUMNS * low_size, place->element};
+    memset(copy->weight, 0, sizeof copy->weight);
+    copy_tile(copy->weight, result.stride, place->weight, place->stride, copy->rows, (size_t)(copy->columns * size));
+    if (place->low != NULL) {
+        memset(copy->low, 0, sizeof copy->low);
+        copy_tile(copy->low, result.low_stride, place->low, place->low_stride, copy->rows,
+                  (size_t)(copy->columns * low_size));
     }
-    if (block->overflows != NULL) memcpy(before, weight, sizeof weight);
-    const struct place copy = {weight, low, stride, low_stride, place->element};
-    merge_tile(lag, &copy, left, right, block->rank, work, next);
-    finish_tile(lag, work);
+    if (trial) memcpy(copy->before, copy->weight, sizeof copy->before);
+    return result;
+}
+
+/* Brings what became of it to W, or in a trial counts. */
+static void close_copy(const struct copy *copy, const struct place *place, const struct cpu_merge_block *block)
+{
+    const int64_t size = (int64_t)plora__dtype_size(block->dtype), low_size = (int64_t)sizeof(uint16_t);
     if (block->overflows != NULL) {
-        *block->overflows += count_overflows(before, weight, ELEMENTS, work->dtype);
+        *block->overflows += count_overflows(copy->before, copy->weight, TILE_ROWS * TILE_COLUMNS, block->dtype);
         return;
     }
-    copy_tile(place->weight, place->stride, weight, stride, rows, row_bytes);
-    if (residual) copy_tile(place->low, place->low_stride, low, low_stride, rows, low_bytes);
+    copy_tile(place->weight, place->stride, copy->weight, TILE_COLUMNS * size, copy->rows,
+              (size_t)(copy->columns * size));
+    if (place->low != NULL)
+        copy_tile(place->low, place->low_stride, copy->low, TILE_COLUMNS * low_size, copy->rows,
+                  (size_t)(copy->columns * low_size));
 }
 
 CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, int32_t rounding,
@@ -340,13 +349,16 @@ CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, 
     if (rounding == PLORA_ROUND_STOCHASTIC) open_drawing(&drawing, &block->draw);
     const struct work work = {dtype, rounding, block->factor, &drawing, sums};
     struct lag lag = {0};
+    struct copy copy;
     for (int64_t column = 0; column < block->columns; column += TILE_COLUMNS) {
         const float *right = block->right + column * deep;
         for (int64_t row = 0; row < block->rows; row += TILE_ROWS) {
             const float *left = block->left + row * deep;
             const struct place place = {
                 .weight = (char *)block->weight + row * stride + column * size,
-                .low = (char *)block->residual + row * low_stride + column * (int64_t)sizeof(uint16_t),
+                .low = rounding == PLORA_ROUND_RESIDUAL
+                           ? (char *)block->residual + row * low_stride + column * (int64_t)sizeof(uint16_t)
+                           : NULL,
                 .stride = stride,
                 .low_stride = low_stride,
                 .element = block->draw.first_element + row * block->draw.row_elements + column,
@@ -358,11 +370,18 @@ CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, 
                 .row_bytes = tile_stride,
                 .low_stride = low_stride};
             const int64_t rows = block->rows - row, columns = block->columns - column;
-            if (rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL)
-                merge_tile(&lag, &place, left, right, block->rank, &work, next);
-            else
-                merge_copy(block, &lag, &place, left, right, rows < TILE_ROWS ? rows : TILE_ROWS,
-                           columns < TILE_COLUMNS ? columns : TILE_COLUMNS, &work, next);
+            const int whole = rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL;
+            struct place here = place;
+            if (!whole) {
+                copy.rows = rows < TILE_ROWS ? rows : TILE_ROWS;
+                copy.columns = columns < TILE_COLUMNS ? columns : TILE_COLUMNS;
+                here = open_copy(&copy, &place, size, block->overflows != NULL);
+            }
+            merge_tile(&lag, &here, left, right, block->rank, &work, next);
+            if (!whole) {
+                finish_tile(&lag, &work);
+                close_copy(&copy, &place, block);
+            }
         }
     }
     finish_tile(&lag, &work);

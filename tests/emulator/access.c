@@ -603,7 +603,7 @@ void exec_cp_async(struct warp *warp, const struct op *op, uint32_t mask)
         }
         struct transfer *t = &warp->transfer[warp->transfers];
         *t = (struct transfer){(uint32_t)i, warp->group[i], (uint32_t)to, bytes, {0}};
-        if (from % bytes) misaligned(warp, i, from, bytes, "");
+        if (from & (bytes - 1)) misaligned(warp, i, from, bytes, "");
         /* A source of fewer bytes: the rest is zero; none of it: the address is not looked at. */
         for (uint32_t at = 0; at < given;) {
             const uint32_t part = given - at >= 16  ? 16
