@@ -383,7 +383,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
         const uint4 four = y_tile.chunks[chunk_place((int)threadIdx.x / 8 + 16 * i, chunk)];
         uint16_t *y = (uint16_t *)p.y + row * p.y_stride + column;
         if (p.y_aligned && column + 8 <= p.out_features) {
-            *(uint4 *)y = four;
+            store_sixteen_bytes(y, four);
             continue;
         }
         const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};

@@ -86,15 +86,30 @@ static __device__ __forceinline__ void store_number(void *data, int64_t index, i
         ((uint16_t *)data)[index] = (uint16_t)float_to_bf16(value);
 }
 
-/* The same for F32 and BF16 outputs. */
+/* One access of 8 or 16 bytes. A plain store would be taken apart where its other branch stores the same numbers one by one. */
+static __device__ __forceinline__ void store_eight_bytes(void *global, uint2 words)
+{
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(words.x), "r"(words.y) : "memory");
+}
+
+static __device__ __forceinline__ void store_sixteen_bytes(void *global, uint4 words)
+{
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(words.x), "r"(words.y), "r"(words.z),
+                 "r"(words.w)
+                 : "memory");
+}
+
+/* As load_four(), for F32 and BF16 outputs. */
 static __device__ __forceinline__ void store_four(void *data, int64_t index, int32_t dtype, int aligned, int64_t valid,
                                                   float4 four)
 {
     if (aligned && valid >= 4) {
         if (dtype == PLORA_F32)
-            *(float4 *)((float *)data + index) = four;
+            store_sixteen_bytes((float *)data + index, make_uint4(__float_as_uint(four.x), __float_as_uint(four.y),
+                                                                  __float_as_uint(four.z), __float_as_uint(four.w)));
         else
-            *(uint2 *)((uint16_t *)data + index) = make_uint2(pack_bf16(four.x, four.y), pack_bf16(four.z, four.w));
+            store_eight_bytes((uint16_t *)data + index,
+                              make_uint2(pack_bf16(four.x, four.y), pack_bf16(four.z, four.w)));
         return;
     }
     if (valid > 0) store_number(data, index, dtype, four.x);
@@ -181,10 +196,12 @@ static __device__ __forceinline__ uint32_t shared_address(const void *memory)
     return (uint32_t)__cvta_generic_to_shared(memory);
 }
 
-/* 16 bytes from global to shared memory, there after copies_wait(). */
-static __device__ __forceinline__ void copy_chunk(uint4 *shared, const void *global)
+/* The first `valid` of eight numbers from global to shared memory, zero for the others; there after copies_wait(). */
+static __device__ __forceinline__ void copy_chunk(uint4 *shared, const void *global, int valid = 8)
 {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(2 * valid)
+                 : "memory");
 }
 
 /* Ends the group of the copies since the last one. */
@@ -223,8 +240,8 @@ static __device__ __forceinline__ void tile_fill(struct bf16_tile *tile, const s
         const int64_t from = column + own % 8 * 8;
         const int64_t valid = row + tile_row < source.rows ? source.columns - from : 0;
         const uint16_t *data = source.data + (row + tile_row) * source.stride + from;
-        if (source.aligned && valid >= 8)
-            copy_chunk(place, data);
+        if (source.aligned)
+            copy_chunk(place, valid > 0 ? data : source.data, (int)(valid < 0 ? 0 : valid < 8 ? valid : 8));
         else
             *place = gather_chunk(data, valid);
     }
@@ -282,20 +299,23 @@ static __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint3
 }
 
 /* sum[64, 16 pairs] += left right over 16 steps terms: warp w computes the rows 16 w .. 16 w + 15 of the sum, sum[n] its columns 8 n ..
- * 8 n + 7. A tile holds its operand by the sum's index, left[m][k] and right[n][k], or by k: left[k][m], right[k][n]. */
-template <bool left_by_k, bool right_by_k>
-static __device__ __forceinline__ void tile_multiply(float (&sum)[8][4], const struct bf16_tile *left,
+ * 8 n + 7. A tile holds its operand by the sum's index, left[m][k] and right[n][k], or by k: left[k][m], right[k][n]. Of several tiles
+ * of left, sum[i] is that of left[i]; what a warp reads of right serves all of them. */
+template <bool left_by_k, bool right_by_k, int tiles>
+static __device__ __forceinline__ void tile_multiply(float (&sum)[tiles][8][4], const struct bf16_tile (&left)[tiles],
                                                      const struct bf16_tile *right, int pairs, int steps)
 {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
     const int low = lane & 7, second = lane >> 3 & 1, third = lane >> 4; /* matrix second + 2 third */
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        uint32_t a[4];
-        if (left_by_k)
-            load_matrices<true>(a, left, 16 * step + low + 8 * third, 2 * warp + second);
-        else
-            load_matrices<false>(a, left, 16 * warp + low + 8 * second, 2 * step + third);
+        uint32_t a[tiles][4];
+#pragma unroll
+        for (int i = 0; i < tiles; ++i)
+            if (left_by_k)
+                load_matrices<true>(a[i], &left[i], 16 * step + low + 8 * third, 2 * warp + second);
+            else
+                load_matrices<false>(a[i], &left[i], 16 * warp + low + 8 * second, 2 * step + third);
 #pragma unroll
         for (int pair = 0; pair < 4; ++pair) {
             if (pair >= pairs) break;
@@ -304,10 +324,21 @@ static __device__ __forceinline__ void tile_multiply(float (&sum)[8][4], const s
                 load_matrices<true>(b, right, 16 * step + low + 8 * second, 2 * pair + third);
             else
                 load_matrices<false>(b, right, 16 * pair + low + 8 * third, 2 * step + second);
-            multiply_add(sum[2 * pair], a, b[0], b[1]);
-            multiply_add(sum[2 * pair + 1], a, b[2], b[3]);
+#pragma unroll
+            for (int i = 0; i < tiles; ++i) {
+                multiply_add(sum[i][2 * pair], a[i], b[0], b[1]);
+                multiply_add(sum[i][2 * pair + 1], a[i], b[2], b[3]);
+            }
         }
     }
+}
+
+template <bool left_by_k, bool right_by_k>
+static __device__ __forceinline__ void tile_multiply(float (&sum)[8][4], const struct bf16_tile *left,
+                                                     const struct bf16_tile *right, int pairs, int steps)
+{
+    tile_multiply<left_by_k, right_by_k>(reinterpret_cast<float(&)[1][8][4]>(sum),
+                                         reinterpret_cast<const struct bf16_tile(&)[1]>(*left), right, pairs, steps);
 }
 
 #endif /* __CUDA_ARCH__ >= 800 */

@@ -111,25 +111,35 @@ static size_t reserve(struct plan *plan, int64_t bytes)
     return offset;
 }
 
-/* How many of `tiles` one block takes of each split, where there are `blocks` blocks for each: two blocks a multiprocessor. */
+/* Tokens (of a gradient: columns) of a block; all kernels have LINEAR_TILE of the other side. */
+static int64_t block_extent(const struct plan *plan)
+{
+    return plan->bf16 ? LINEAR_BLOCK : LINEAR_TILE;
+}
+
+/* How many of `tiles` one block takes of each split, where there are `blocks` blocks for each: two blocks a multiprocessor. Not less
+ * than two, or the partial sums would take more time than what is summed. */
 static int64_t tiles_of_split(const struct cuda_device *device, int64_t blocks, int64_t tiles)
 {
-    const int64_t wanted = at_most(2 * (int64_t)device->multiprocessors / blocks, at_most(tiles, SPLITS_MAX));
+    const int64_t wanted = at_most(2 * (int64_t)device->multiprocessors / blocks, at_most(tiles / 2, SPLITS_MAX));
     return wanted <= 1 ? tiles : pieces(tiles, wanted);
 }
 
 /* At least what the partial sums of a shrink of [tokens, columns] take, for any number of tokens up to this one. */
 static int64_t shrink_bytes(const struct cuda_device *device, const struct plan *plan, int64_t tokens, int64_t columns)
 {
-    const int64_t tiles = pieces(tokens, LINEAR_TILE);
+    const int64_t blocks = pieces(tokens, block_extent(plan));
     const int64_t splits = at_most(pieces(columns, LINEAR_TILE), SPLITS_MAX);
-    const int64_t split_tiles = at_most(2 * (int64_t)device->multiprocessors, tiles * splits);
-    return (split_tiles > tiles ? split_tiles : tiles) * LINEAR_TILE * plan->padded_rank * (int64_t)sizeof(float);
+    const int64_t split_blocks = at_most(2 * (int64_t)device->multiprocessors, blocks * splits);
+    return (split_blocks > blocks ? split_blocks : blocks) * block_extent(plan) * plan->padded_rank *
+           (int64_t)sizeof(float);
 }
 
-static int64_t gradient_bytes(const struct cuda_device *device, int64_t tokens, int64_t columns, int64_t rank)
+/* Both gradients are one launch, so each is cut for half of the machine. */
+static int64_t gradient_bytes(const struct cuda_device *device, const struct plan *plan, int64_t tokens,
+                              int64_t columns, int64_t rank)
 {
-    const int64_t splits = at_most(2 * (int64_t)device->multiprocessors / pieces(columns, LINEAR_TILE),
+    const int64_t splits = at_most((int64_t)device->multiprocessors / pieces(columns, block_extent(plan)),
                                    at_most(pieces(tokens, LINEAR_TILE), SPLITS_MAX));
     return (splits > 1 ? splits : 1) * rank * columns * (int64_t)sizeof(float);
 }
@@ -149,7 +159,7 @@ static struct plan make_plan(const struct cuda_device *device, const struct plor
     if (args->rank > 0) {
         const int64_t shrinks = shrink_bytes(device, &plan, tokens, k) + shrink_bytes(device, &plan, tokens, n);
         const int64_t gradients =
-            gradient_bytes(device, tokens, k, args->rank) + gradient_bytes(device, tokens, n, args->rank);
+            gradient_bytes(device, &plan, tokens, k, args->rank) + gradient_bytes(device, &plan, tokens, n, args->rank);
         plan.packed_a = reserve(&plan, plan.padded_rank * plan.a_columns * size);
         plan.packed_b = reserve(&plan, plan.padded_rank * plan.b_columns * size);
         plan.u = reserve(&plan, tokens * plan.padded_rank * size);
@@ -254,8 +264,8 @@ static int64_t shrink_job(const struct cuda_device *device, const struct plora__
                           struct reduce_job *sum)
 {
     const plora_matrix *in = is_u ? &args->x : &args->y;
-    const int64_t token_tiles = pieces(args->tokens, LINEAR_TILE), tiles = pieces(in->columns, LINEAR_TILE);
-    const int64_t split = tiles_of_split(device, token_tiles, tiles), splits = pieces(tiles, split);
+    const int64_t blocks = pieces(args->tokens, block_extent(plan)), tiles = pieces(in->columns, LINEAR_TILE);
+    const int64_t split = tiles_of_split(device, blocks, tiles), splits = pieces(tiles, split);
     *job = (struct shrink_job){.in = in->data,
                                .factor = in_workspace(args, is_u ? plan->packed_a : plan->packed_b),
                                .partials = *partials,
@@ -271,7 +281,7 @@ static int64_t shrink_job(const struct cuda_device *device, const struct plora__
                                .count = args->tokens * plan->padded_rank,
                                .splits = (int32_t)splits};
     *partials += splits * args->tokens * plan->padded_rank;
-    return token_tiles * splits * pieces(plan->padded_rank, plan->bf16 ? LINEAR_TILE : LINEAR_FMA_RANKS);
+    return blocks * splits * pieces(plan->padded_rank, LINEAR_TILE);
 }
 
 /* u, and in the backward v */
@@ -296,8 +306,8 @@ static int64_t gradient_job(const struct cuda_device *device, const struct plora
                             struct reduce_job *sum)
 {
     const plora_matrix *in = is_a ? &args->x : &args->y;
-    const int64_t column_tiles = pieces(in->columns, LINEAR_TILE), tiles = pieces(args->tokens, LINEAR_TILE);
-    const int64_t split = tiles_of_split(device, column_tiles, tiles), splits = pieces(tiles, split);
+    const int64_t blocks = pieces(in->columns, block_extent(plan)), tiles = pieces(args->tokens, LINEAR_TILE);
+    const int64_t split = tiles_of_split(device, 2 * blocks, tiles), splits = pieces(tiles, split);
     *job = (struct gradient_job){.in = in->data,
                                  .low = in_workspace(args, is_a ? plan->v : plan->u),
                                  .partials = *partials,
@@ -314,7 +324,7 @@ static int64_t gradient_job(const struct cuda_device *device, const struct plora
                                .count = args->rank * in->columns,
                                .splits = (int32_t)splits};
     *partials += splits * sum->count;
-    return column_tiles * splits * pieces(plan->padded_rank, plan->bf16 ? LINEAR_TILE : LINEAR_FMA_RANKS);
+    return blocks * splits * pieces(plan->padded_rank, LINEAR_TILE);
 }
 
 static plora_status gradients(struct cuda_device *device, const struct plora__linear_args *args,
@@ -427,7 +437,7 @@ static plora_status expand(struct cuda_device *device, const struct side *side, 
         params.dropout = dropout_params(args);
     }
     return launch(device, bf16 ? CUDA_KERNEL_EXPAND_BF16 : CUDA_KERNEL_EXPAND_F32,
-                  pieces(args->tokens, LINEAR_TILE) * pieces(columns, LINEAR_TILE),
+                  pieces(args->tokens, bf16 ? LINEAR_BLOCK : LINEAR_TILE) * pieces(columns, LINEAR_TILE),
                   bf16 ? LINEAR_TILE_THREADS : LINEAR_FMA_THREADS, &params, stream);
 }
 

@@ -37,9 +37,9 @@ static __device__ __forceinline__ void dequantise_store(const struct dequantise_
                                                         const float (&values)[DEQUANTISE_RUN])
 {
     if (p.dtype == PLORA_BF16 && p.aligned && place.valid == DEQUANTISE_RUN) {
-        *(uint4 *)((uint16_t *)p.out + place.out) =
-            make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
-                       pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7]));
+        store_sixteen_bytes((uint16_t *)p.out + place.out,
+                            make_uint4(pack_bf16(values[0], values[1]), pack_bf16(values[2], values[3]),
+                                       pack_bf16(values[4], values[5]), pack_bf16(values[6], values[7])));
         return;
     }
     store_four(p.out, place.out, p.dtype, p.aligned, place.valid,

@@ -6,16 +6,16 @@
  * rest is added, or both. Without a low-rank part this rounds a sum and adds a bias. */
 #include "cuda_common.cuh"
 
-/* Where a block stands: its tile of 64 tokens x 64 columns. */
+/* Where a block stands: its first token and its first column, of 64. */
 struct expand_place {
     int64_t token, column;
 };
 
-static __device__ __forceinline__ struct expand_place expand_locate(const struct expand_params &p)
+static __device__ __forceinline__ struct expand_place expand_locate(const struct expand_params &p, int tokens)
 {
     const uint32_t across = (uint32_t)((p.columns + LINEAR_TILE - 1) / LINEAR_TILE);
     struct expand_place place;
-    place.token = (int64_t)(blockIdx.x / across) * LINEAR_TILE;
+    place.token = (int64_t)(blockIdx.x / across) * tokens;
     place.column = (int64_t)(blockIdx.x % across) * LINEAR_TILE;
     return place;
 }
@@ -32,7 +32,7 @@ static __device__ __forceinline__ uint32_t expand_keep_bits(const struct expand_
 
 /* Grid: ceil(T / 64) * ceil(O / 64) blocks of 256 threads; thread (column / 4, token / 4) of a block computes 4 tokens x 4 columns.
  * Shared: 9 KB, low[64][16] and factor[16][64], 16 ranks at a time. Reads and writes each element of `out` once, in runs of 4; reads
- * 4 bytes of `sum` where there is one. `out` may be fp32 or bf16. */
+ * 4 bytes of `sum` where there is one, and from L2 R / 16 each of low and of the factor. `out` may be fp32 or bf16. */
 struct expand_stage {
     float4 low[LINEAR_TILE][LINEAR_RANK_PAD / 4 + 1];
     float4 factor[LINEAR_RANK_PAD][LINEAR_TILE / 4];
@@ -54,7 +54,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_FMA_THREADS)
     expand_f32_kernel(const __grid_constant__ struct expand_params p)
 {
     __shared__ struct expand_stage stage;
-    const struct expand_place place = expand_locate(p);
+    const struct expand_place place = expand_locate(p, LINEAR_TILE);
     const int column4 = (int)threadIdx.x % 16, own_token = (int)threadIdx.x / 16 * 4;
     float4 sums[4] = {};
     for (int rank = 0; rank < p.padded_rank; rank += LINEAR_RANK_PAD) {
@@ -91,26 +91,44 @@ extern "C" __global__ void __launch_bounds__(LINEAR_FMA_THREADS)
 
 /* ---------------------------------------------------------------------------------------------------------------- bf16 */
 
-/* Grid: ceil(T / 64) * ceil(O / 64) blocks of 4 warps, each of which computes 16 tokens x 64 columns by mma.sync, 64 ranks at a time.
- * Shared: 24.5 KB, a tile each of `out`, low and factor, which come by cp.async, and the kept elements of the dropout, a bit each. The
- * tile of `out` is read and written in chunks of 16 bytes: 2 bytes read and 2 written for each element, and 4 read of `sum` where there
- * is one. `out` is bf16. Precision as in shrink.cu. */
+/* Grid: ceil(T / 128) * ceil(O / 64) blocks of 4 warps, each of which computes 2 x 16 tokens x 64 columns by mma.sync, 64 ranks at a
+ * time. Shared: 41 KB, two tiles each of `out` and low and one of the factor, which come by cp.async, and the kept elements of the
+ * dropout, a bit each. `out` is read and written in chunks of 16 bytes. Of each element: 2 bytes read and 2 written, 4 read of `sum`
+ * where there is one, and from L2 R / 32 of low and R / 64 of the factor. `out` is bf16. Precision as in shrink.cu.
+ *
+ * The functions below work on one of the two tiles, from `place` on. */
 #if __CUDA_ARCH__ >= 800
+/* Tile i of a block of several. */
+static __device__ __forceinline__ struct expand_place expand_tile(const struct expand_place &first, int i)
+{
+    return {first.token + i * LINEAR_TILE, first.column};
+}
+
 /* The thread's sums += sum + bias. */
 static __device__ __forceinline__ void expand_base(float (&sums)[8][4], const struct expand_params &p,
                                                    const struct expand_place &place)
 {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    const int64_t column = place.column + lane % 4 * 2;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const int64_t token = place.token + 16 * warp + lane / 4 + i / 2 * 8;
-        const int64_t column = place.column + lane % 4 * 2 + i % 2;
+    for (int half = 0; half < 2; ++half) {
+        const int64_t token = place.token + 16 * warp + 8 * half + lane / 4;
         if (token >= p.tokens) break;
 #pragma unroll
         for (int n = 0; n < 8; ++n) {
+            const bool pair = column + 8 * n + 1 < p.columns;
+            float *const own = &sums[n][2 * half];
             if (column + 8 * n >= p.columns) break;
-            if (p.sum != NULL) sums[n][i] += p.sum[token * p.sum_stride + column + 8 * n];
-            if (p.bias != NULL) sums[n][i] += load_number(p.bias, column + 8 * n, p.bias_dtype);
+            if (p.sum != NULL) {
+                const float *sum = p.sum + token * p.sum_stride + column + 8 * n; /* aligned to a pair */
+                const float2 terms = pair ? *(const float2 *)sum : make_float2(*sum, 0.0f);
+                own[0] += terms.x;
+                own[1] += terms.y;
+            }
+            if (p.bias != NULL) {
+                own[0] += load_number(p.bias, column + 8 * n, p.bias_dtype);
+                if (pair) own[1] += load_number(p.bias, column + 8 * n + 1, p.bias_dtype);
+            }
         }
     }
 }
@@ -169,7 +187,7 @@ static __device__ __forceinline__ void expand_write(const struct bf16_tile *tile
         const uint4 chunk = tile->chunks[chunk_place(own / 8, own % 8)];
         uint16_t *out = (uint16_t *)p.out + token * p.stride + column;
         if (p.aligned && column + 8 <= p.columns) {
-            *(uint4 *)out = chunk;
+            store_sixteen_bytes(out, chunk);
             continue;
         }
         const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
@@ -184,30 +202,42 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     expand_bf16_kernel(const __grid_constant__ struct expand_params p)
 {
 #if __CUDA_ARCH__ >= 800
-    __shared__ struct bf16_tile out_tile, low_tile, factor_tile;
-    __shared__ unsigned char keep[LINEAR_TILE * 8];
-    const struct expand_place place = expand_locate(p);
+    enum { TILES = LINEAR_BLOCK / LINEAR_TILE };
+    __shared__ struct bf16_tile out_tiles[TILES], low_tiles[TILES], factor_tile;
+    __shared__ unsigned char keep[TILES][LINEAR_TILE * 8];
+    const struct expand_place place = expand_locate(p, LINEAR_BLOCK);
     const struct tile_source out = {(const uint16_t *)p.out, p.stride, p.tokens, p.columns, p.aligned};
     const struct tile_source low = {(const uint16_t *)p.low, p.padded_rank, p.tokens, p.padded_rank, 1};
     const struct tile_source factor = {(const uint16_t *)p.factor, p.factor_stride, p.padded_rank, p.factor_stride, 1};
-    float sums[8][4] = {};
-    if (p.keep_out) tile_fill(&out_tile, out, place.token, place.column, LINEAR_TILE);
+    float sums[TILES][8][4] = {};
+#pragma unroll 1
+    for (int i = 0; i < TILES && p.keep_out; ++i)
+        tile_fill(&out_tiles[i], out, place.token + i * LINEAR_TILE, place.column, LINEAR_TILE);
     for (int rank = 0; rank < p.padded_rank; rank += LINEAR_TILE) {
         const int ranks = p.padded_rank - rank < LINEAR_TILE ? p.padded_rank - rank : LINEAR_TILE;
         if (rank > 0) __syncthreads();
-        tile_fill(&low_tile, low, place.token, rank, LINEAR_TILE);
+#pragma unroll 1
+        for (int i = 0; i < TILES; ++i)
+            tile_fill(&low_tiles[i], low, place.token + i * LINEAR_TILE, rank, LINEAR_TILE);
         tile_fill(&factor_tile, factor, rank, place.column, ranks);
         copies_commit();
-        if (p.drop && rank == 0) expand_draw(keep, p, place);
+#pragma unroll 1
+        for (int i = 0; i < TILES && p.drop && rank == 0; ++i)
+            expand_draw(keep[i], p, expand_tile(place, i));
         copies_wait<0>();
         __syncthreads();
-        tile_multiply<false, true>(sums, &low_tile, &factor_tile, LINEAR_TILE / 16, ranks / 16);
+        tile_multiply<false, true>(sums, low_tiles, &factor_tile, LINEAR_TILE / 16, ranks / 16);
     }
-    if (p.drop) expand_drop(sums, keep, p.dropout.scale);
-    if (p.sum != NULL || p.bias != NULL) expand_base(sums, p, place);
-    expand_round(&out_tile, sums, p.keep_out);
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+        if (p.drop) expand_drop(sums[i], keep[i], p.dropout.scale);
+        if (p.sum != NULL || p.bias != NULL) expand_base(sums[i], p, expand_tile(place, i));
+        expand_round(&out_tiles[i], sums[i], p.keep_out);
+    }
     __syncthreads();
-    expand_write(&out_tile, p, place);
+#pragma unroll 1
+    for (int i = 0; i < TILES; ++i)
+        expand_write(&out_tiles[i], p, expand_tile(place, i));
 #else
     unreachable();
 #endif

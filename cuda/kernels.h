@@ -202,9 +202,10 @@ struct magnitudes_params {
 
 enum {
     LINEAR_TILE = 64,          /* tokens, columns or ranks of one tile */
+    LINEAR_BLOCK = 128,        /* tokens (of a gradient: columns) of a block of a bf16 kernel: two tiles */
     LINEAR_TILE_THREADS = 128, /* of a block of a bf16 kernel */
     LINEAR_FMA_THREADS = 256,  /* of a block of an fp32 kernel */
-    LINEAR_FMA_RANKS = 32,     /* ranks of a block of an fp32 shrink or gradient kernel */
+    LINEAR_FMA_RANKS = 32,     /* ranks of a block of the batch's fp32 shrink kernel */
     LINEAR_FMA_STEP = 32,      /* terms of the sums that it takes at once */
     LINEAR_RANK_PAD = 16,      /* padded_rank is a multiple of it */
     CONVERT_THREADS = 128,

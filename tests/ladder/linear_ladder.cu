@@ -5,13 +5,13 @@
  *       naive    a thread an element of u: neighbours read A at a distance of K
  *       warps    a warp an element: lanes along K, but x is read R times
  *       tokens   a warp a token: 8 elements of x in registers meet 16 ranks; A is read for each token anew
- *       shrink_bf16_kernel (cuda/shrink.cu): tiles of 64 tokens, tensor cores, K split over blocks
+ *       shrink_bf16_kernel (cuda/shrink.cu): tiles of 128 tokens, tensor cores, K split over blocks
  *
  *     expand   y[T,N] += u[T,R] B^T
  *       naive    a thread an element of y: neighbours read B[N,R] at a distance of R
  *       packed   the same with B as [R,N]
  *       strips   a thread 8 elements of a row: y in 16 bytes
- *       expand_bf16_kernel (cuda/expand.cu): tiles of 64 x 64, tensor cores
+ *       expand_bf16_kernel (cuda/expand.cu): tiles of 128 x 64, tensor cores
  *
  * K and N are multiples of 8. The library's kernels take x, u and the factors in bf16, as they do where W is bf16. See
  * ladder.h. */
@@ -161,13 +161,13 @@ static const struct thin_step shrinks[] = {
     {{"shrink_naive_kernel", "a thread an element of u", 256, 8, 32}, OWN},
     {{"shrink_warps_kernel", "lanes along K", 256, 1, 8}, OWN},
     {{"shrink_tokens_kernel", "x read once for 16 ranks", 256, 8, 16}, OWN},
-    {{"shrink_bf16_kernel", "tiles, tensor cores, K split", LINEAR_TILE_THREADS, LINEAR_TILE, LINEAR_TILE}, LIBRARY},
+    {{"shrink_bf16_kernel", "tiles, tensor cores, K split", LINEAR_TILE_THREADS, LINEAR_BLOCK, LINEAR_TILE}, LIBRARY},
 };
 static const struct thin_step expands[] = {
     {{"expand_naive_kernel", "a thread an element of y", 256, 8, 32}, OWN},
     {{"expand_packed_kernel", "B as [R,N]", 256, 8, 32}, PACKED},
     {{"expand_strips_kernel", "16 bytes of y a thread", 256, 8, 256}, PACKED},
-    {{"expand_bf16_kernel", "tiles, tensor cores", LINEAR_TILE_THREADS, LINEAR_TILE, LINEAR_TILE}, LIBRARY},
+    {{"expand_bf16_kernel", "tiles, tensor cores", LINEAR_TILE_THREADS, LINEAR_BLOCK, LINEAR_TILE}, LIBRARY},
 };
 
 /* Of an element of x. A row of banks is 128 bytes; a warp that reads 32 places far from each other touches 32. */
@@ -188,9 +188,9 @@ static struct ladder_cost shrink_cost(int step, double rank)
         cost.l1 = passes * 4 * row / 256 + rank * 8 * row / 256;
         cost.l2 = 2 * passes + 4 * rank / 8;
         break;
-    default: /* a warp of 16 x 16: an ldmatrix of x, one of A for each 16 ranks, 4 rows each; what fills the tiles */
-        cost.l1 = (tiles + rank / 16) * 4 * row / 256 + 2 * tiles + 2 * rank / 64;
-        cost.l2 = 2 * tiles + 2 * rank / 64;
+    default: /* a warp of 32 x 16: two ldmatrix of x, one of A for each 16 ranks, 4 rows each; what fills the tiles */
+        cost.l1 = (2 * tiles + rank / 16) * 4 * row / 512 + 2 * tiles + 2 * rank / 128;
+        cost.l2 = 2 * tiles + 2 * rank / 128;
         cost.dram = 2 * tiles;
         cost.fma = 0;
         cost.tensor = rank;
@@ -216,9 +216,9 @@ static struct ladder_cost expand_cost(int step, double rank)
         cost.l1 = rank * 9 * row / 256 + 4;
         cost.l2 = 4 + 4 * rank / 8;
         break;
-    default: /* a warp of 16 x 64, of each 16 ranks: 5 ldmatrix of 4 rows; what fills the tiles; y passes through one */
-        cost.l1 = rank / 16 * 5 * 4 * row / 1024 + 2 * 2 * rank / 64 + 8;
-        cost.l2 = 4 + 2 * 2 * rank / 64;
+    default: /* a warp of 32 x 64, of each 16 ranks: 6 ldmatrix of 4 rows; what fills the tiles; y passes through one */
+        cost.l1 = rank / 16 * 6 * 4 * row / 2048 + 2 * rank / 64 + 2 * rank / 128 + 8;
+        cost.l2 = 4 + 2 * rank / 64 + 2 * rank / 128;
         cost.fma = 0;
         cost.tensor = rank;
     }
@@ -326,7 +326,7 @@ static void grid_of(const struct thin_step *step, const struct problem *q, int64
     *rows = q->tokens;
     *columns = q->operation == SHRINK ? q->rank : q->wide;
     if (step->kind == LIBRARY && q->operation == SHRINK)
-        *rows = (q->tokens + LINEAR_TILE - 1) / LINEAR_TILE * LINEAR_TILE * q->splits;
+        *rows = (q->tokens + LINEAR_BLOCK - 1) / LINEAR_BLOCK * LINEAR_BLOCK * q->splits;
 }
 
 static double result_at(const struct thin_step *step, const struct problem *q, int64_t t, int64_t j)
