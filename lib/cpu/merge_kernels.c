@@ -157,44 +157,42 @@ struct work {
     struct lane_sums *sums;        /* NULL = no report */
 };
 
-CPU_INLINE struct pair load_value(const char *weight, const uint16_t *low, const struct work *work)
+CPU_INLINE struct pair load_value(const char *weight, const uint16_t *low, struct work work)
 {
-    return work->rounding == PLORA_ROUND_RESIDUAL ? load_joined(weight, low, work->dtype)
-                                                  : load_pair(weight, work->dtype);
+    return work.rounding == PLORA_ROUND_RESIDUAL ? load_joined(weight, low, work.dtype) : load_pair(weight, work.dtype);
 }
 
-CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random, struct pair value,
-                            const struct work *work)
+CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random, struct pair value, struct work work)
 {
-    if (work->rounding == PLORA_ROUND_RESIDUAL)
-        store_split(weight, low, value, work->dtype);
-    else if (work->rounding == PLORA_ROUND_STOCHASTIC)
-        store_random(weight, value, random, work->dtype);
+    if (work.rounding == PLORA_ROUND_RESIDUAL)
+        store_split(weight, low, value, work.dtype);
+    else if (work.rounding == PLORA_ROUND_STOCHASTIC)
+        store_random(weight, value, random, work.dtype);
     else
-        store_pair(weight, value, work->dtype);
+        store_pair(weight, value, work.dtype);
 }
 
 /* One row of a tile, with its random numbers. */
 CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random, const cpu_vf sum[TILE_VECTORS],
-                        const struct work *work)
+                        struct work work)
 {
-    const cpu_vf factors = cpu_broadcast(work->factor);
+    const cpu_vf factors = cpu_broadcast(work.factor);
     char *weight = place->weight + row * place->stride;
-    uint16_t *low = work->rounding == PLORA_ROUND_RESIDUAL ? (uint16_t *)(place->low + row * place->low_stride) : NULL;
+    uint16_t *low = work.rounding == PLORA_ROUND_RESIDUAL ? (uint16_t *)(place->low + row * place->low_stride) : NULL;
 #pragma GCC unroll 8
     for (int j = 0; j < TILE_VECTORS; j += 2) {
         const struct pair before = load_value(weight, low, work);
         const struct pair after = {cpu_fma(factors, sum[j], before.first), cpu_fma(factors, sum[j + 1], before.second)};
         store_value(weight, low, random, after, work);
-        if (work->sums != NULL) {
+        if (work.sums != NULL) {
             const struct pair stored = load_value(weight, low, work);
             const cpu_vd wide_factor = cpu_widen(factors, 0);
-            add_sums(work->sums, before.first, stored.first, sum[j], wide_factor);
-            add_sums(work->sums, before.second, stored.second, sum[j + 1], wide_factor);
+            add_sums(work.sums, before.first, stored.first, sum[j], wide_factor);
+            add_sums(work.sums, before.second, stored.second, sum[j + 1], wide_factor);
         }
-        weight += PAIR_BYTES(work->dtype);
-        if (work->rounding == PLORA_ROUND_RESIDUAL) low += 2 * CPU_LANES;
-        if (work->rounding == PLORA_ROUND_STOCHASTIC) random += 2 * CPU_LANES;
+        weight += PAIR_BYTES(work.dtype);
+        if (work.rounding == PLORA_ROUND_RESIDUAL) low += 2 * CPU_LANES;
+        if (work.rounding == PLORA_ROUND_STOCHASTIC) random += 2 * CPU_LANES;
     }
 }
 
@@ -229,10 +227,10 @@ struct lag {
 };
 
 CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const float *left, const float *right,
-                           int64_t rank, const struct work *work, struct ahead next)
+                           int64_t rank, struct work work, struct ahead next)
 {
     struct random random;
-    if (work->rounding == PLORA_ROUND_STOCHASTIC) draw_rows(work->drawing, place->element, &random);
+    if (work.rounding == PLORA_ROUND_STOCHASTIC) draw_rows(work.drawing, place->element, &random);
     cpu_vf sum[TILE_ROWS][TILE_VECTORS];
     const int64_t phase = (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL; /* of the sum over r */
     (void)lag;
@@ -263,14 +261,14 @@ CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const flo
     atomic_signal_fence(memory_order_acq_rel); /* keeps the loads of W from being moved up, where they would spill */
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; ++i) {
-        const uint16_t *numbers = work->rounding == PLORA_ROUND_STOCHASTIC
-                                      ? random_row(&random, i, place->element + i * work->drawing->row_elements)
+        const uint16_t *numbers = work.rounding == PLORA_ROUND_STOCHASTIC
+                                      ? random_row(&random, i, place->element + i * work.drawing->row_elements)
                                       : NULL;
         add_row(place, i, numbers, sum[i], work);
     }
 }
 
-CPU_INLINE void finish_tile(struct lag *lag, const struct work *work)
+CPU_INLINE void finish_tile(struct lag *lag, struct work work)
 {
     (void)lag, (void)work;
 }
@@ -377,14 +375,14 @@ CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, 
                 copy.columns = columns < TILE_COLUMNS ? columns : TILE_COLUMNS;
                 here = open_copy(&copy, &place, size, block->overflows != NULL);
             }
-            merge_tile(&lag, &here, left, right, block->rank, &work, next);
+            merge_tile(&lag, &here, left, right, block->rank, work, next);
             if (!whole) {
-                finish_tile(&lag, &work);
+                finish_tile(&lag, work);
                 close_copy(&copy, &place, block);
             }
         }
     }
-    finish_tile(&lag, &work);
+    finish_tile(&lag, work);
 }
 
 #define DEFINE_BLOCK(name, dtype, rounding)                                                                            \

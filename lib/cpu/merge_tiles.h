@@ -114,13 +114,13 @@ struct lag {
     _Alignas(CACHE_LINE) cpu_vf sum[2][TILE_ROWS][TILE_VECTORS];
 };
 
-CPU_INLINE void add_lagging_row(struct lag *lag, int64_t row, const struct work *work)
+CPU_INLINE void add_lagging_row(struct lag *lag, int64_t row, struct work work)
 {
     const cpu_vf *sum = lag->sum[!lag->half][row];
-    if (work->rounding == PLORA_ROUND_STOCHASTIC) {
-        const int64_t element = lag->place.element + row * work->drawing->row_elements;
+    if (work.rounding == PLORA_ROUND_STOCHASTIC) {
+        const int64_t element = lag->place.element + row * work.drawing->row_elements;
         struct random random;
-        draw_rows(work->drawing, element, &random);
+        draw_rows(work.drawing, element, &random);
         add_row(&lag->place, row, random_row(&random, 0, element), sum, work);
     } else {
         add_row(&lag->place, row, NULL, sum, work);
@@ -128,8 +128,7 @@ CPU_INLINE void add_lagging_row(struct lag *lag, int64_t row, const struct work 
 }
 
 /* Does a share of the last tile's rows, and fetches as many of the next one's. */
-CPU_INLINE void work_meanwhile(struct lag *lag, struct ahead *next, int64_t step, int64_t steps,
-                               const struct work *work)
+CPU_INLINE void work_meanwhile(struct lag *lag, struct ahead *next, int64_t step, int64_t steps, struct work work)
 {
     while (next->done * steps < step * TILE_ROWS) {
         if (lag->place.weight != NULL) add_lagging_row(lag, next->done, work);
@@ -137,7 +136,7 @@ CPU_INLINE void work_meanwhile(struct lag *lag, struct ahead *next, int64_t step
     }
 }
 
-CPU_INLINE void finish_tile(struct lag *lag, const struct work *work)
+CPU_INLINE void finish_tile(struct lag *lag, struct work work)
 {
     for (int row = 0; lag->place.weight != NULL && row < TILE_ROWS; ++row)
         add_lagging_row(lag, row, work);
@@ -156,7 +155,7 @@ CPU_INLINE void finish_tile(struct lag *lag, const struct work *work)
     _tile_dpbf16ps(sum, 4, 7)
 
 CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const float *left, const float *right,
-                           int64_t rank, const struct work *work, struct ahead next)
+                           int64_t rank, struct work work, struct ahead next)
 {
     const int64_t count = chunks(rank), steps = TILE_VECTORS * count, parts = PARTS * TILE;
     cpu_vf(*sum)[TILE_VECTORS] = lag->sum[lag->half];
