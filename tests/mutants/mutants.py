@@ -243,7 +243,7 @@ MUTANTS = [
     Mutant("tile_last_chunk", "cuda_common.cuh",
            "(int)(valid < 0 ? 0 : valid < 8 ? valid : 8)",
            "valid < 0 ? 0 : 8",
-           BF16 + " " + RANKS, PRODUCT + "|" + READ, unit="shrink.cu"),
+           BF16 + " " + RANKS + " " + SIZES + "one_multiprocessor", PRODUCT + "|" + READ, unit="shrink.cu"),
     Mutant("tile_last_row", "cuda_common.cuh",
            "row + tile_row < source.rows ?",
            "row + tile_row <= source.rows ?",
