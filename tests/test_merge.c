@@ -473,8 +473,8 @@ static uint16_t *halves(const struct merge_case *c)
 
 static double joined(const struct rounded_merge *m, uint16_t weight, uint16_t low)
 {
-    return m->in.args.residual != NULL ? plora__join_residual(weight, low, m->c.dtype)
-                                       : plora__load(&weight, 0, m->c.dtype);
+    if (m->in.args.residual != NULL) return plora__join_residual(weight, low, m->c.dtype);
+    return m->c.dtype == PLORA_BF16 ? plora__bf16_to_float(weight) : plora__f16_to_float(weight);
 }
 
 /* Draws the low half of element (i, j), and works out what becomes of it. */

@@ -16,8 +16,9 @@ struct worker {
     plora_context *context;
     plora_model *model;
     plora_adapters *adapters;
-    const plora_matrix *x;
-    const float *want; /* [LAYERS][TOKENS * FEATURES] */
+    const plora_matrix *x; /* this, y, dx: memory of the backend */
+    float *y, *dx, *dy;    /* [TOKENS * FEATURES] */
+    const float *want;     /* [LAYERS][TOKENS * FEATURES] */
     int failures;
     char message[256];
 };
@@ -68,12 +69,47 @@ static plora_status make_adapters(plora_model *model, uint64_t seed, plora_adapt
 /* B other than zero, the same for the same seed. */
 static void fill(plora_adapters *adapters, uint64_t seed)
 {
+    float b[FEATURES * RANK];
+    for (int i = 0; i < FEATURES * RANK; ++i)
+        b[i] = (float)((seed + (uint64_t)i * 7) % 11) / 11.0f;
     for (int32_t layer = 0; layer < LAYERS; ++layer) {
         plora_adapter adapter = PLORA_ADAPTER_INIT;
         if (plora_adapters_layer(adapters, layer, &adapter) != PLORA_OK) return;
-        for (int i = 0; i < FEATURES * RANK; ++i)
-            ((float *)adapter.b.data)[i] = (float)((seed + (uint64_t)i * 7) % 11) / 11.0f;
+        device_transfer(adapter.b.data, b, sizeof b);
     }
+}
+
+static const float zeros[TOKENS * FEATURES];
+
+/* Memory of the backend for a thread's y. */
+static float *values_new(void)
+{
+    float *values = device_is_cuda() ? device_malloc(sizeof zeros) : malloc(sizeof zeros);
+    CHECK(values != NULL, "the test itself is out of memory");
+    device_transfer(values, zeros, sizeof zeros);
+    return values;
+}
+
+static void values_free(float *values)
+{
+    if (device_is_cuda())
+        device_free(values);
+    else
+        free(values);
+}
+
+static void poison_y(const struct worker *worker)
+{
+    unsigned char poison[sizeof zeros];
+    memset(poison, CHECK_POISON, sizeof poison);
+    device_transfer(worker->y, poison, sizeof poison);
+}
+
+static int y_is_wanted(const struct worker *worker, int32_t layer)
+{
+    float y[TOKENS * FEATURES];
+    device_transfer(y, worker->y, sizeof y);
+    return memcmp(y, worker->want + layer * TOKENS * FEATURES, sizeof y) == 0;
 }
 
 /* NOLINTNEXTLINE(readability-non-const-parameter): y is written through the matrix */
@@ -83,12 +119,11 @@ static plora_status forward(plora_adapters *adapters, int32_t layer, const plora
     return plora_linear_forward(adapters, layer, x, &out, 0, NULL);
 }
 
-/* NOLINTNEXTLINE(readability-non-const-parameter): dx is written through the matrix */
-static plora_status backward(plora_adapters *adapters, int32_t layer, const plora_matrix *x, const float *dy, float *dx)
+static plora_status backward(plora_adapters *adapters, int32_t layer, const struct worker *worker)
 {
-    const plora_matrix in = {(void *)(uintptr_t)dy, TOKENS, FEATURES, FEATURES, PLORA_F32, 0};
-    const plora_matrix out = {dx, TOKENS, FEATURES, FEATURES, PLORA_F32, 0};
-    return plora_linear_backward(adapters, layer, x, &in, &out, 0, NULL);
+    const plora_matrix in = {worker->dy, TOKENS, FEATURES, FEATURES, PLORA_F32, 0};
+    const plora_matrix out = {worker->dx, TOKENS, FEATURES, FEATURES, PLORA_F32, 0};
+    return plora_linear_backward(adapters, layer, worker->x, &in, &out, 0, NULL);
 }
 
 /* Training beside training: each thread has its own adapters on its own model over the shared context and weights. */
@@ -98,18 +133,16 @@ static void *own_adapters(void *user)
     plora_model *model = NULL;
     plora_adapters *adapters = NULL;
     plora_optimizer *optimizer = NULL;
-    static const float target[TOKENS * FEATURES];
     note(worker, make_model(worker->context, &model) == PLORA_OK, "model");
     note(worker, make_adapters(model, 5, &adapters) == PLORA_OK, "adapters");
     note(worker, plora_optimizer_create(adapters, NULL, &optimizer) == PLORA_OK, "optimizer");
     if (worker->failures > 0) return NULL;
     fill(adapters, 5);
-    float y[TOKENS * FEATURES], dx[TOKENS * FEATURES];
     for (int i = 0; i < rounds(); ++i) {
         const int32_t layer = (worker->index + i) % LAYERS;
-        note(worker, forward(adapters, layer, worker->x, y) == PLORA_OK, "forward");
-        note(worker, memcmp(y, worker->want + layer * TOKENS * FEATURES, sizeof y) == 0, "y differs from one thread's");
-        note(worker, backward(adapters, layer, worker->x, target, dx) == PLORA_OK, "backward");
+        note(worker, forward(adapters, layer, worker->x, worker->y) == PLORA_OK, "forward");
+        note(worker, y_is_wanted(worker, layer), "y differs from one thread's");
+        note(worker, backward(adapters, layer, worker) == PLORA_OK, "backward");
     }
     note(worker, plora_optimizer_step(optimizer, 1.0, NULL, NULL) == PLORA_OK, "step");
     plora_context_destroy(NULL);
@@ -123,12 +156,11 @@ static void *own_adapters(void *user)
 static void *shared_adapters(void *user)
 {
     struct worker *worker = user;
-    float y[TOKENS * FEATURES];
     for (int i = 0; i < rounds(); ++i) {
         const int32_t layer = (worker->index + i) % LAYERS;
-        memset(y, CHECK_POISON, sizeof y);
-        note(worker, forward(worker->adapters, layer, worker->x, y) == PLORA_OK, "forward");
-        note(worker, memcmp(y, worker->want + layer * TOKENS * FEATURES, sizeof y) == 0, "y differs from one thread's");
+        poison_y(worker);
+        note(worker, forward(worker->adapters, layer, worker->x, worker->y) == PLORA_OK, "forward");
+        note(worker, y_is_wanted(worker, layer), "y differs from one thread's");
     }
     return NULL;
 }
@@ -140,16 +172,16 @@ static void *come_and_go(void *user)
     for (int i = 0; i < rounds(); ++i) {
         plora_model *model = NULL;
         plora_adapters *adapters = NULL;
-        float y[TOKENS * FEATURES];
         if (worker->index == 0) {
-            note(worker, forward(worker->adapters, i % LAYERS, worker->x, y) == PLORA_OK, "forward");
-            note(worker, memcmp(y, worker->want + i % LAYERS * TOKENS * FEATURES, sizeof y) == 0, "y differs");
+            note(worker, forward(worker->adapters, i % LAYERS, worker->x, worker->y) == PLORA_OK, "forward");
+            note(worker, y_is_wanted(worker, i % LAYERS), "y differs");
             continue;
         }
         note(worker, make_model(worker->context, &model) == PLORA_OK, "model");
         note(worker, make_adapters(model, (uint64_t)i, &adapters) == PLORA_OK, "adapters");
         plora_model_destroy(model);
-        if (adapters != NULL) note(worker, forward(adapters, 0, worker->x, y) == PLORA_OK, "forward on a new set");
+        if (adapters != NULL)
+            note(worker, forward(adapters, 0, worker->x, worker->y) == PLORA_OK, "forward on a new set");
         plora_adapters_destroy(adapters);
     }
     return NULL;
@@ -181,15 +213,14 @@ static void *own_context(void *user)
         plora_context *context = NULL;
         plora_model *model = NULL;
         plora_adapters *adapters = NULL;
-        float y[TOKENS * FEATURES];
         note(worker, check_context_create(NULL, NULL, 1, 1, &context) == PLORA_OK, "context");
         note(worker, make_model(context, &model) == PLORA_OK && make_adapters(model, 5, &adapters) == PLORA_OK,
              "handles");
         if (worker->failures > 0) return NULL;
         fill(adapters, 5);
         for (int32_t layer = 0; layer < LAYERS; ++layer) {
-            note(worker, forward(adapters, layer, worker->x, y) == PLORA_OK, "forward");
-            note(worker, memcmp(y, worker->want + layer * TOKENS * FEATURES, sizeof y) == 0, "y differs");
+            note(worker, forward(adapters, layer, worker->x, worker->y) == PLORA_OK, "forward");
+            note(worker, y_is_wanted(worker, layer), "y differs");
         }
         plora_context_destroy(context);
         plora_model_destroy(model);
@@ -211,6 +242,14 @@ static void concurrent_use(void **state)
     }
     struct check_matrix x = check_matrix_new(TOKENS, FEATURES, FEATURES + 3, PLORA_F32);
     check_matrix_random(&x, 1.0);
+    device_upload();
+    const plora_matrix device_x = device_matrix(x.m);
+    struct worker buffers[THREADS] = {0};
+    for (int i = 0; i < THREADS; ++i) {
+        buffers[i].y = values_new();
+        buffers[i].dx = values_new();
+        buffers[i].dy = values_new();
+    }
     for (int threads = 1; threads <= 2; ++threads) {
         struct check_allocator allocator = CHECK_ALLOCATOR_INIT;
         plora_context *context = check_context(&allocator, threads, 1);
@@ -220,19 +259,32 @@ static void concurrent_use(void **state)
         CHECK_OK(make_adapters(model, 5, &adapters));
         fill(adapters, 5);
         static float want[LAYERS * TOKENS * FEATURES];
-        for (int32_t layer = 0; layer < LAYERS; ++layer)
-            CHECK_OK(forward(adapters, layer, &x.m, want + layer * TOKENS * FEATURES));
+        for (int32_t layer = 0; layer < LAYERS; ++layer) {
+            CHECK_OK(forward(adapters, layer, &device_x, buffers[0].y));
+            device_transfer(want + layer * TOKENS * FEATURES, buffers[0].y, sizeof zeros);
+        }
         for (int body = 0; body < CHECK_COUNT(bodies); ++body) {
             struct worker workers[THREADS] = {0};
             for (int i = 0; i < THREADS; ++i)
-                workers[i] =
-                    (struct worker){.context = context, .model = model, .adapters = adapters, .x = &x.m, .want = want};
+                workers[i] = (struct worker){.context = context,
+                                             .model = model,
+                                             .adapters = adapters,
+                                             .x = &device_x,
+                                             .y = buffers[i].y,
+                                             .dx = buffers[i].dx,
+                                             .dy = buffers[i].dy,
+                                             .want = want};
             run(workers, bodies[body]);
         }
         plora_adapters_destroy(adapters);
         plora_model_destroy(model);
         plora_context_destroy(context);
         check_allocator_empty(&allocator, "after all threads");
+    }
+    for (int i = 0; i < THREADS; ++i) {
+        values_free(buffers[i].y);
+        values_free(buffers[i].dx);
+        values_free(buffers[i].dy);
     }
     for (int i = 0; i < LAYERS; ++i) {
         check_matrix_unchanged(&weights[i], "a weight");
