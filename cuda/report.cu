@@ -87,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) gram_trace_kernel(const __
     if (threadIdx.x == 0) p.traces[blockIdx.x] = traces;
 }
 
-/* Adds up the partial sums of all tiles. Grid: one block of 256 threads. Reads 56 bytes a tile of W, 16 a tile of M. */
-extern "C" __global__ void __launch_bounds__(MERGE_THREADS)
+/* Adds up the partial sums of all tiles. Grid: one block of 256 threads. Reads 56 bytes a tile of W, 16 a tile of M.
+ * Alone on its multiprocessor, so it may have all registers: with fewer it spills. */
+extern "C" __global__ void __launch_bounds__(MERGE_THREADS, 1)
     merge_total_kernel(const __grid_constant__ struct merge_total_params p)
 {
     double dd = 0, gd = 0, ww = 0, ll = 0, changed = 0, lost_max = 0, overflows = 0, trace = 0, trace_square = 0;

@@ -1,8 +1,8 @@
 # The CUDA backend: every cuda/*.cu becomes one fat binary, which cuda/fatbins.c embeds. `make CUDA=0` builds without.
 #
-# Needed are nvcc and the runtime's headers, from the toolkit in CUDA_HOME; where there is none, from PyPI's wheels, which are unpacked into
-# $(CUDA_BUILD)/venv-cuda. No CUDA library is linked: what runs opens them itself (cuda/loader.c). Tests also look at the real cuBLAS and
-# cuRAND, from CUDA_LIBRARIES or from wheels in $(CUDA_BUILD)/venv-cuda-libraries.
+# Needed are g++, nvcc and the runtime's headers, from a toolkit of CUDA 13 in CUDA_HOME; where there is none, from PyPI's wheels, which
+# are unpacked into $(CUDA_BUILD)/venv-cuda. No CUDA library is linked: what runs opens them itself (cuda/loader.c). Tests also look at
+# the real cuBLAS and cuRAND, from CUDA_LIBRARIES or from wheels in $(CUDA_BUILD)/venv-cuda-libraries.
 #
 # Machine code is made for each of CUDA_TARGETS, and PTX for each code path: 75 (plain FMA), 80 (tensor cores, cp.async). Empty
 # CUDA_TARGETS make PTX alone, which compiles faster.
@@ -13,14 +13,18 @@ CUDA_PTX      = 75 80
 # Does not depend on CFLAGS: the builds under sanitizers share it.
 export CUDA_BUILD CUDA_TARGETS
 
-# cuda_toolkit(FILE, VENV): the toolkit that has FILE, or else the one of a virtual environment.
-cuda_toolkit = $(or $(patsubst %/$(1),%,$(firstword $(wildcard $(addsuffix /$(1),/usr/local/cuda /opt/cuda)))),$(CUDA_BUILD)/$(2)/toolkit)
+# cuda_toolkit(FILES, VENV): the toolkit of CUDA 13 that has all FILES, or else the one of a virtual environment.
+cuda_toolkit = $(or $(shell for home in /usr/local/cuda /opt/cuda; do \
+                   grep -qs 'define CUDART_VERSION *13' $$home/include/cuda_runtime_api.h || continue; \
+                   for file in $(1); do test -e $$home/$$file || continue 2; done; echo $$home; break; done),$(CUDA_BUILD)/$(2)/toolkit)
 # cuda_ready(TOOLKIT): what has to be made before it is there.
 cuda_ready   = $(filter $(CUDA_BUILD)/venv-%/ready,$(1:%/toolkit=%/ready))
 
 ifeq ($(origin CUDA_HOME),undefined)
-CUDA_HOME      := $(call cuda_toolkit,include/cuda_runtime_api.h,venv-cuda)
-CUDA_LIBRARIES ?= $(call cuda_toolkit,include/cublas_v2.h,venv-cuda-libraries)
+CUDA_HOME      := $(call cuda_toolkit,bin/nvcc include/crt/host_config.h,venv-cuda)
+ifeq ($(origin CUDA_LIBRARIES),undefined)
+CUDA_LIBRARIES := $(call cuda_toolkit,include/cublas_v2.h include/curand.h,venv-cuda-libraries)
+endif
 endif
 CUDA_LIBRARIES ?= $(CUDA_HOME)
 CUDA_READY           := $(call cuda_ready,$(CUDA_HOME))
@@ -46,7 +50,7 @@ NVCC_FLAGS  = -std=c++17 -lineinfo -Iinclude -Ilib --compress-mode=size \
 # The same bits as on the CPU: nothing is contracted but what asks for it.
 $(CUDA_BUILD)/cuda/init.fatbin $(CUDA_BUILD)/cuda/optimizer.fatbin: NVCC_EXTRA = -fmad=false
 
-$(CUDA_BUILD)/cuda/%.fatbin: cuda/%.cu $(CUDA_BUILD)/cuda/nvcc-flags $(CUDA_READY)
+$(CUDA_BUILD)/cuda/%.fatbin: cuda/%.cu $(CUDA_BUILD)/cuda/nvcc-flags $(CUDA_READY) | deps-cuda
 	@mkdir -p $(@D); echo '  NVCC  $<'
 	$(Q)$(NVCC) -fatbin $(NVCC_FLAGS) $(NVCC_EXTRA) -MMD -MF $(@:%.fatbin=%.fatbin.d) -MT $@ -o $@ $<
 $(CUDA_BUILD)/cuda/nvcc-flags: force

@@ -27,6 +27,7 @@ probe() {
             need libblas-dev header cblas.h
             has dpkg >/dev/null && need libopenblas0-openmp fast_blas # the reference BLAS does as well, but slowly
             ;;
+        cuda) need g++ has g++ ;; # nvcc's host compiler
         examples) need libcjson-dev header cjson/cJSON.h ;;
         tests)
             need libcmocka-dev header cmocka.h

@@ -26,7 +26,7 @@ $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/emulator/*.c)): $(CUDA_LIBRARIES_RE
 # Kernels of the emulator's tests, as PTX of each code path.
 EMULATOR_KERNELS := $(patsubst tests/emulator/kernels/%.cu,$(BUILD)/emulator/kernels/%.fatbin,$(wildcard tests/emulator/kernels/*.cu))
 
-$(BUILD)/emulator/kernels/%.fatbin: tests/emulator/kernels/%.cu $(CUDA_READY)
+$(BUILD)/emulator/kernels/%.fatbin: tests/emulator/kernels/%.cu $(CUDA_READY) | deps-cuda
 	@mkdir -p $(@D); echo '  NVCC  $<'
 	$(Q)$(NVCC) -fatbin -std=c++17 -lineinfo --compress-mode=none $(NVCC_EXTRA) -Icuda -Ilib -Iinclude \
 	    $(foreach i,$(CUDA_PTX),-gencode arch=compute_$(i),code=compute_$(i)) -MMD -MF $(@:%.fatbin=%.fatbin.d) -MT $@ -o $@ $<

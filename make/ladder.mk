@@ -6,7 +6,7 @@ $(BUILD)/ladder/%.o: tests/ladder/%.cu $(BUILD)/flags $(CUDA_READY) | deps-tests
 	@mkdir -p $(@D); echo '  CC    $<'
 	$(Q)$(CC) $(ALL_FLAGS) -Itests -Icuda $(CUDA_INCLUDES) -MMD -MP -x c -c -o $@ $<
 # PTX alone: the driver makes the code of the GPU at hand.
-$(BUILD)/ladder/%.fatbin: tests/ladder/%.cu $(CUDA_READY)
+$(BUILD)/ladder/%.fatbin: tests/ladder/%.cu $(CUDA_READY) | deps-cuda
 	@mkdir -p $(@D); echo '  NVCC  $<'
 	$(Q)$(NVCC) -fatbin -std=c++17 -lineinfo -Iinclude -Ilib -Icuda \
 	    $(foreach i,$(CUDA_PTX),-gencode arch=compute_$(i),code=compute_$(i)) -MMD -MF $@.d -MT $@ -o $@ $<

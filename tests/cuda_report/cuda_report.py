@@ -7,7 +7,7 @@ Of each kernel and architecture: registers and static shared memory as compiled;
 is an error); occupancy, from the block size that the kernel declares and the shared memory of its largest launch; whether it
 moves global memory 16 bytes at a time, and uses the tensor cores. --profile is what the emulator counted (EMU_PROFILE) while
 tests/bench/cuda_traffic.c ran each kernel on a shape that is large and even: dynamic shared memory, and the bytes moved per element
-beside the least possible; their ratio bounds the share of the memory's bandwidth that the kernel can turn into progress.
+beside the least possible, and its operations; from these, what share of an H100's memory bandwidth it can reach: `predict()`.
 """
 import argparse
 import collections
@@ -22,8 +22,11 @@ import sys
 LIMITS = {75: (32, 16, 64, 0), 80: (64, 32, 164, 1), 86: (48, 16, 100, 1), 89: (48, 24, 100, 1), 90: (64, 32, 228, 1),
           100: (64, 32, 228, 1), 120: (48, 24, 100, 1)}
 # Kernels that must stream 16 bytes an access, and those that must multiply on the tensor cores from sm_80 on.
-STREAMING = re.compile(r"^(merge_(f32|bf16|f16)|adamw|sgd|scale)_kernel$")
-TENSOR = re.compile(r"^(merge_(f32|bf16|f16)|shrink_bf16.*|expand_bf16.*|gradient_bf16.*)_kernel$")
+STREAMING = re.compile(r"^(merge_(rounded_)?(report_)?(f32|bf16|f16)|(batch_)?expand_(f32|bf16)|adamw|sgd|scale)_kernel$")
+TENSOR = re.compile(r"^(merge_(rounded_)?(report_)?(f32|bf16|f16)|(batch_)?(shrink|expand)_bf16|gradient_bf16)_kernel$")
+# Of an H100 SXM, as in tests/ladder/ladder.h: bytes/s of memory and of L2, operations/s of fp32 and of tf32; of these, 0.6 is what a
+# kernel by mma.sync or fma is taken to reach.
+MEMORY, L2, FMA, TENSOR_CORES, REACHED = 3.35e12, 5.5e12, 67e12, 495e12, 0.6
 
 
 def run(*command):
@@ -41,7 +44,8 @@ def resources(cuobjdump, fatbin):
         elif match := re.match(r" Function (\S+):", line):
             kernel = match[1]
         elif is_code and (match := re.match(r"\s+REG:(\d+) STACK:\d+ SHARED:(\d+)", line)):
-            found[arch, kernel] = int(match[1]), int(match[2])
+            reserved = 1024 if arch >= 90 and int(match[2]) else 0  # there it is counted in
+            found[arch, kernel] = int(match[1]), int(match[2]) - reserved
     return found
 
 
@@ -86,11 +90,15 @@ class Kernel:
         self.tensor = sum(n for op, n in opcodes.items() if re.match(r"HMMA\b", op))
         self.occupancy = occupancy(arch, threads, self.registers, self.static_shared + self.dynamic_shared)
 
+    def is_empty(self):
+        """Not compiled for this architecture: the fp32 kernels do its work."""
+        return self.arch < 80 and "merge" not in self.name and bool(TENSOR.match(self.name))
+
     def faults(self):
         where = f"{self.name} on sm_{self.arch}"
         if self.spills:
             yield f"{where}: {self.spills} instructions touch local memory"
-        if STREAMING.match(self.name) and not all(self.wide):
+        if STREAMING.match(self.name) and not self.is_empty() and not all(self.wide):
             yield f"{where}: no 16-byte {'loads' if not self.wide[0] else 'stores'}"
         if TENSOR.match(self.name) and self.arch >= 80 and not self.tensor:
             yield f"{where}: no tensor-core products"
@@ -115,12 +123,24 @@ def collect(arguments, profile):
     return kernels
 
 
+def predict(case):
+    """The share of an H100's memory bandwidth at which a case's least bytes move, and what bounds it: the slowest of the memory, which
+    moves the least bytes, of L2, which moves all of them, and of the arithmetic. Latency is not in it, and only takes away."""
+    least = case["least"] / MEMORY
+    times = {"memory": least, "L2": case["moved"] / L2, "fma": case["fma"] / (REACHED * FMA),
+             "tensor cores": case["tensor"] / (REACHED * TENSOR_CORES)}
+    bound = max(times, key=times.get)
+    return least / times[bound], bound
+
+
 def traffic(profile):
-    yield "| kernel | case | bytes per element moved | least | share |\n|---|---|---|---|---|"
+    yield ("| kernel | case | bytes per element moved | least | share | predicted share of an H100's bandwidth | bound by |\n"
+           "|---|---|---|---|---|---|---|")
     for name, figures in sorted(profile.items()):
         for case in figures.get("cases", []):
             moved, least = case["moved"], case["least"]
-            yield f"| `{name}` | {case['case']} | {moved:.2f} | {least:.2f} | {least / moved:.2f} |"
+            share, bound = predict(case)
+            yield f"| `{name}` | {case['case']} | {moved:.2f} | {least:.2f} | {least / moved:.2f} | {share:.2f} | {bound} |"
 
 
 def main():
