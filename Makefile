@@ -112,7 +112,7 @@ help:
 	@echo 'make fuzz                  fuzzes the file readers, FUZZ_SECONDS=30 each'
 	@echo 'make interop               SmolLM2-135M against transformers, PEFT and llama.cpp; installs torch, compiles llama.cpp'
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
-	@echo 'make precision             what 16-bit weights hold after many unloads, by rounding'
+	@echo 'make precision             what 16-bit weights hold after many unloads, by rounding; tensor-sums: errors of tensor-core sums'
 	@echo 'make install               PREFIX=/usr/local DESTDIR='
 	@echo 'make deps                  installs what all of these need'
 	@echo 'Variables                  BUILD CC CFLAGS LDFLAGS PREFIX DESTDIR CUDA=0 CUDA_HOME'

@@ -29,6 +29,12 @@ bench: $(BUILD)/finetune $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/ven
 .PHONY: precision
 precision: $(BUILD)/study/precision
 	$<
+# Whether sums of tensor cores keep to the bound of the merge's tests, however they add.
+.PHONY: tensor-sums
+tensor-sums: $(BUILD)/study/tensor_sums
+	$<
+$(BUILD)/study/tensor_sums: | deps-tests
+$(BUILD)/tests/study/%.o: EXTRA = -Itests
 $(BUILD)/study/%: $(BUILD)/tests/study/%.o $(BUILD)/libplora.a
 	$(PROGRAM) $(LIBS)
 
