@@ -278,11 +278,14 @@ typedef struct plora_adapters_options {
     int32_t rslora;           /* 1: s = alpha / sqrt(R) (arXiv 2312.03732) */
     int32_t residual;         /* PLORA_RESIDUAL_... */
     int64_t workspace_tokens; /* tokens of one pass over the workspace; longer calls take several. 0 = 1024 */
+    int32_t heads;            /* of plora_adapters_load(): as those of plora_export_options */
+    int32_t kv_heads;
 } plora_adapters_options;
 
 #define PLORA_ADAPTERS_OPTIONS_INIT                                                                                    \
     {                                                                                                                  \
-        sizeof(plora_adapters_options), 8, PLORA_INIT_KAIMING_UNIFORM, 16.0, 0.0, 0, NULL, NULL, NULL, 0, 0, 0, 0      \
+        sizeof(plora_adapters_options), 8, PLORA_INIT_KAIMING_UNIFORM, 16.0, 0.0, 0, NULL, NULL, NULL, 0, 0, 0, 0, 0,  \
+            0                                                                                                          \
     }
 
 /* Creates the adapters of stage 0 and initialises them: A is drawn from Philox4x32-10 keyed by (seed, stage, layer, element),
@@ -335,11 +338,13 @@ PLORA_API plora_status plora_adapters_set_workspace(plora_adapters *adapters, vo
  * The directory is created if it is missing. Stages already unloaded are in the backbone, not in this file. @since 0.1 */
 PLORA_API plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory);
 
-/* Creates adapters from a PEFT directory: rank from the tensor shapes, one scale per layer, bit-exact values. What is not
- * supported (DoRA, unknown keys, a trained bias ...) is refused by name. options (may be NULL) gives only seed, init, dropout,
- * residual and workspace_tokens. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model). @since 0.1 */
-PLORA_API plora_status plora_adapters_load(plora_model *model, const char *directory,
-                                           const plora_adapters_options *options, plora_adapters **adapters);
+/* Creates adapters from a PEFT directory, or from a GGUF file of llama.cpp's for a model of the LLaMA family: rank from the tensor
+ * shapes, one scale per layer, bit-exact values. What is not supported (DoRA, unknown keys, a trained bias, a quantised tensor ...)
+ * is refused by name. options (may be NULL) gives only seed, init, dropout, residual, workspace_tokens and, for GGUF, heads and
+ * kv_heads. Errors: IO, FORMAT, UNSUPPORTED, SHAPE, NOT_FOUND (no such layer in the model), INVALID_ARGUMENT (heads of a GGUF
+ * file's query or key projections are not known), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_adapters_load(plora_model *model, const char *path, const plora_adapters_options *options,
+                                           plora_adapters **adapters);
 
 /* ------------------------------------------------------------------------------------------------------------- linear */
 
@@ -670,7 +675,9 @@ typedef struct plora_export_options {
     int64_t records;  /* the first so many; -1 = those that the weights hold, or all when that is not known */
     int64_t rank;     /* the highest of the result; 0 = no bound */
     double max_error; /* |D - D'| / |D| of each weight, Frobenius norms: the lowest rank that keeps to it; 0 = none */
-    int32_t heads;    /* GGUF: num_attention_heads and num_key_value_heads (0 = as many) of the model's config.json */
+    /* GGUF: num_attention_heads and num_key_value_heads (0 = as many) of the model's config.json. heads = 0: both are read from
+     * there, if the model was opened from its directory. */
+    int32_t heads;
     int32_t kv_heads;
 } plora_export_options;
 

@@ -26,6 +26,8 @@ plora_status plora__adapters_check_common(const plora_adapters_options *options)
                 PLORA_ERROR_INVALID_ARGUMENT, "residual %d is unknown", options->residual);
     PLORA_CHECK(options->workspace_tokens >= 0, PLORA_ERROR_INVALID_ARGUMENT, "workspace_tokens is %lld: must be >= 0",
                 (long long)options->workspace_tokens);
+    PLORA_CHECK(options->heads >= 0 && options->kv_heads >= 0, PLORA_ERROR_INVALID_ARGUMENT,
+                "heads is %d, kv_heads is %d: must not be negative", options->heads, options->kv_heads);
     return PLORA_OK;
 }
 

@@ -16,11 +16,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "checkpoint.h"
 #include "dtype.h"
 #include "hash.h"
 #include "json.h"
 #include "ledger.h"
-#include "safetensors.h"
 
 /* ---------------------------------------------------------------------------------------------------------- description */
 
@@ -270,7 +270,7 @@ static plora_status checksum_here(const plora_context *context, const struct des
 }
 
 /* The same of a file. */
-static uint64_t checksum_there(const struct plora__safetensors *file)
+uint64_t plora__checkpoint_checksum(const struct plora__safetensors *file)
 {
     uint64_t checksum = hash_metadata(file->metadata, file->metadata_count);
     for (int32_t i = 0; i < file->tensor_count; ++i) {
@@ -287,7 +287,7 @@ static plora_status check_checksum(const struct plora__safetensors *file)
 {
     char here[VALUE_BYTES];
     const char *there = plora__safetensors_metadata(file, "checksum");
-    snprintf(here, sizeof here, "%016" PRIx64, checksum_there(file));
+    snprintf(here, sizeof here, "%016" PRIx64, plora__checkpoint_checksum(file));
     PLORA_CHECK(there != NULL && strcmp(there, here) == 0, PLORA_ERROR_FORMAT,
                 "the checkpoint is damaged: its checksum is %.100s, its contents have %s",
                 there == NULL ? "absent" : there, here);

@@ -375,26 +375,8 @@ struct gguf {
     struct plora__tensor *tensors; /* [2 adapter_count] */
     int64_t (*shapes)[2];
     char (*keys)[GGUF_KEY_BYTES];
-    int64_t head_rows; /* of all query and key projections */
+    struct plora__gguf_heads heads;
 };
-
-static plora_status arrange_rows(const struct export *e, struct gguf *gguf, int32_t number, const char *name,
-                                 int32_t rows)
-{
-    struct layer *layer = &e->layers[number];
-    if (rows == PLORA__GGUF_ROWS_KEPT) return PLORA_OK;
-    const int32_t heads =
-        rows == PLORA__GGUF_ROWS_KEY && e->options.kv_heads > 0 ? e->options.kv_heads : e->options.heads;
-    PLORA_CHECK(e->options.heads > 0, PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': heads is 0, GGUF needs the model's num_attention_heads and num_key_value_heads", name);
-    layer->head_rows = layer->out_features / heads;
-    PLORA_CHECK(layer->out_features % heads == 0 && layer->head_rows % 2 == 0 && layer->head_rows > 0 &&
-                    (gguf->head_rows == 0 || gguf->head_rows == layer->head_rows),
-                PLORA_ERROR_SHAPE, "layer '%s': %lld rows are not %d heads of %s", name, (long long)layer->out_features,
-                heads, gguf->head_rows == 0 ? "an even size" : "the size of those of other layers");
-    gguf->head_rows = layer->head_rows;
-    return PLORA_OK;
-}
 
 static plora_status name_tensors(const struct export *e, struct gguf *gguf, int32_t number)
 {
@@ -406,7 +388,7 @@ static plora_status name_tensors(const struct export *e, struct gguf *gguf, int3
     PLORA_TRY(plora__gguf_name(name, translated, &rows));
     PLORA_CHECK(strcmp(name, name_of(e, number)) == 0, PLORA_ERROR_UNSUPPORTED,
                 "layer '%s' is tied to '%s', for which llama.cpp has no adapters", name, name_of(e, number));
-    PLORA_TRY(arrange_rows(e, gguf, number, name, rows));
+    PLORA_TRY(plora__gguf_head_rows(&gguf->heads, name, rows, layer->out_features, &layer->head_rows));
     for (int is_b = 0; is_b < 2; ++is_b) {
         const int32_t i = 2 * number + is_b;
         snprintf(gguf->keys[i], GGUF_KEY_BYTES, "%s.lora_%c", translated, is_b ? 'b' : 'a');
@@ -444,6 +426,7 @@ static plora_status write_gguf(struct export *e, const char *path)
                         .shapes = (int64_t(*)[2])((char *)block + shapes_at),
                         .keys = (char(*)[GGUF_KEY_BYTES])((char *)block + keys_at)};
     const float alpha = common_alpha(e);
+    PLORA_TRY_OUT(plora__gguf_heads_of(e->adapters->model, e->options.heads, e->options.kv_heads, &gguf.heads));
     const struct plora__gguf_value values[] = {
         {"general.architecture", "llama", 0.0f},
         {"general.type", "adapter", 0.0f},

@@ -1,4 +1,4 @@
-/* gguf.c: see gguf.h. Names and types are those of llama.cpp's gguf-py and of its convert_lora_to_gguf.py. */
+/* gguf.c: writing GGUF files (gguf.h). Types are numbered as in llama.cpp's gguf-py. */
 #include "gguf.h"
 
 #include <stdio.h>
@@ -82,33 +82,4 @@ plora_status plora__gguf_write(plora_context *context, const char *path, const s
 out:
     plora__text_free(&text);
     return plora__writer_close(&writer, status);
-}
-
-static const struct {
-    const char *layer, *name;
-    int32_t rows;
-} names[] = {
-    {"self_attn.q_proj", "attn_q", PLORA__GGUF_ROWS_QUERY}, {"self_attn.k_proj", "attn_k", PLORA__GGUF_ROWS_KEY},
-    {"self_attn.v_proj", "attn_v", PLORA__GGUF_ROWS_KEPT},  {"self_attn.o_proj", "attn_output", PLORA__GGUF_ROWS_KEPT},
-    {"mlp.gate_proj", "ffn_gate", PLORA__GGUF_ROWS_KEPT},   {"mlp.up_proj", "ffn_up", PLORA__GGUF_ROWS_KEPT},
-    {"mlp.down_proj", "ffn_down", PLORA__GGUF_ROWS_KEPT},
-};
-
-plora_status plora__gguf_name(const char *layer, char name[PLORA__GGUF_NAME_BYTES], int32_t *rows)
-{
-    static const char prefix[] = "model.layers.";
-    *rows = PLORA__GGUF_ROWS_KEPT;
-    if (strcmp(layer, "lm_head") == 0) {
-        snprintf(name, PLORA__GGUF_NAME_BYTES, "output.weight");
-        return PLORA_OK;
-    }
-    const char *number = layer + strlen(prefix);
-    const size_t digits = strncmp(layer, prefix, strlen(prefix)) == 0 ? strspn(number, "0123456789") : 0;
-    for (size_t i = 0; digits > 0 && digits < 10 && i < sizeof names / sizeof names[0]; ++i) {
-        if (number[digits] != '.' || strcmp(number + digits + 1, names[i].layer) != 0) continue;
-        snprintf(name, PLORA__GGUF_NAME_BYTES, "blk.%.*s.%s.weight", (int)digits, number, names[i].name);
-        *rows = names[i].rows;
-        return PLORA_OK;
-    }
-    return plora__fail(PLORA_ERROR_UNSUPPORTED, "layer '%.200s' has no name in a GGUF file of the LLaMA family", layer);
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
+#include "adapter_load.h"
 #include "dtype.h"
 #include "peft_config.h"
 
@@ -151,148 +152,46 @@ out:
 
 /* ------------------------------------------------------------------------------------------------------------- loading */
 
-struct load {
-    plora_model *model;
-    struct plora__safetensors file;
+struct files {
+    struct plora__adapter_source source;
+    struct plora__safetensors tensors;
     struct plora__peft_config config;
-    const struct plora__tensor *(*pairs)[2]; /* [layer_count]: A and B of each layer, or NULL */
-    struct plora__adapter_choice *choices;   /* [layer_count] */
-    int32_t choice_count;
-    void *block;
-    size_t bytes;
 };
 
-static plora_status check_values(const struct plora__tensor *tensor)
-{
-    const int32_t dtype = plora__tensor_dtype(tensor);
-    const int64_t count = (int64_t)(tensor->bytes / plora__dtype_size(dtype));
-    for (int64_t i = 0; i < count; ++i)
-        PLORA_CHECK(isfinite(plora__load(tensor->data, i, dtype)), PLORA_ERROR_FORMAT,
-                    "tensor '%.200s': the value at byte %llu is %g", tensor->name,
-                    (unsigned long long)tensor->offset + (unsigned long long)i * plora__dtype_size(dtype),
-                    (double)plora__load(tensor->data, i, dtype));
-    return PLORA_OK;
-}
-
-/* Sorts one tensor into the pairs by its key. `scratch` has room for the key. */
-static plora_status place_tensor(struct load *load, const struct plora__tensor *tensor, char *scratch)
+static plora_status name_layer(const struct plora__adapter_source *source, const struct plora__tensor *tensor,
+                               char *layer, int *is_b)
 {
     const size_t length = strlen(tensor->name), prefix = strlen(key_prefix), suffix = strlen(key_suffixes[0]);
     int which = -1;
+    (void)source;
     if (length > prefix + suffix && strncmp(tensor->name, key_prefix, prefix) == 0)
         for (int i = 0; i < 2; ++i)
             if (strcmp(tensor->name + length - suffix, key_suffixes[i]) == 0) which = i;
     PLORA_CHECK(which >= 0, PLORA_ERROR_UNSUPPORTED,
                 "tensor '%.200s' at byte %llu is not %s<layer>.lora_A.weight or .lora_B.weight", tensor->name,
                 (unsigned long long)tensor->offset, key_prefix);
-    PLORA_CHECK(plora__tensor_dtype(tensor) >= 0, PLORA_ERROR_UNSUPPORTED,
-                "tensor '%.200s' is of dtype %s: only F32, BF16 and F16 are", tensor->name, tensor->dtype);
-    PLORA_CHECK(tensor->dimensions == 2, PLORA_ERROR_SHAPE, "tensor '%.200s' at byte %llu has %d dimensions: must be 2",
-                tensor->name, (unsigned long long)tensor->offset, tensor->dimensions);
-    memcpy(scratch, tensor->name + prefix, length - prefix - suffix);
-    scratch[length - prefix - suffix] = '\0';
-    int32_t layer;
-    const plora_status status = plora_model_find_layer(load->model, scratch, &layer);
-    if (status != PLORA_OK) return plora__fail_in(status, tensor->name);
-    load->pairs[layer][which] = tensor; /* names are unique in a file */
-    return check_values(tensor);
+    memcpy(layer, tensor->name + prefix, length - prefix - suffix);
+    layer[length - prefix - suffix] = '\0';
+    *is_b = which;
+    return PLORA_OK;
 }
 
-static plora_status choose_layer(struct load *load, int32_t layer)
+static plora_status choose(const struct plora__adapter_source *source, const struct plora__layer *layer, int64_t rank,
+                           double *alpha, double *scale)
 {
-    const struct plora__layer *l = &load->model->layers[layer];
-    const struct plora__tensor *a = load->pairs[layer][0], *b = load->pairs[layer][1];
-    if (a == NULL && b == NULL) return PLORA_OK;
-    PLORA_CHECK(a != NULL && b != NULL, PLORA_ERROR_FORMAT, "tensor '%.200s' is without its partner %s",
-                a != NULL ? a->name : b->name, key_suffixes[a != NULL]);
-    const int64_t rank = a->shape[0];
-    PLORA_CHECK(a->shape[1] == l->in_features && b->shape[0] == l->out_features && b->shape[1] == rank,
-                PLORA_ERROR_SHAPE, "layer '%s' [N=%lld,K=%lld]: lora_A is [%lld,%lld], lora_B is [%lld,%lld]", l->name,
-                (long long)l->out_features, (long long)l->in_features, (long long)rank, (long long)a->shape[1],
-                (long long)b->shape[0], (long long)b->shape[1]);
+    const struct files *files = (const struct files *)source;
     int64_t wanted;
-    double alpha;
-    plora__peft_config_layer(&load->config, l->name, &wanted, &alpha);
-    PLORA_CHECK(rank == wanted, PLORA_ERROR_SHAPE, "layer '%s': lora_A is [%lld,%lld], but %s gives it rank %lld",
-                l->name, (long long)rank, (long long)a->shape[1], config_name, (long long)wanted);
-    for (int32_t i = 0; i < load->choice_count; ++i)
-        PLORA_CHECK(load->model->layers[load->choices[i].layer].weight != l->weight, PLORA_ERROR_UNSUPPORTED,
-                    "layers '%s' and '%s' are tied, but each has an adapter of its own",
-                    load->model->layers[load->choices[i].layer].name, l->name);
-    const double divisor = load->config.rslora ? sqrt((double)rank) : (double)rank;
-    load->choices[load->choice_count++] =
-        (struct plora__adapter_choice){.layer = layer, .rank = (int32_t)rank, .alpha = alpha, .scale = alpha / divisor};
+    plora__peft_config_layer(&files->config, layer->name, &wanted, alpha);
+    PLORA_CHECK(rank == wanted, PLORA_ERROR_SHAPE, "layer '%s': its lora_A has rank %lld, but %s gives it rank %lld",
+                layer->name, (long long)rank, config_name, (long long)wanted);
+    *scale = *alpha / (files->config.rslora ? sqrt((double)rank) : (double)rank);
     return PLORA_OK;
 }
 
-static plora_status pair_tensors(struct load *load)
+static plora_status load_files(plora_model *model, const char *directory, struct files *files,
+                               plora_adapters_options *options, plora_adapters **adapters)
 {
-    plora_context *context = load->model->context;
-    size_t longest = 0;
-    for (int32_t i = 0; i < load->file.tensor_count; ++i) {
-        const size_t length = strlen(load->file.tensors[i].name);
-        longest = length > longest ? length : longest;
-    }
-    const size_t layers = (size_t)load->model->layer_count, choices_at = layers * sizeof *load->pairs;
-    const size_t scratch_at = choices_at + layers * sizeof *load->choices;
-    load->bytes = scratch_at + longest + 1;
-    PLORA_TRY(plora__allocate_zeroed(context, load->bytes, &load->block));
-    load->pairs = load->block;
-    load->choices = (struct plora__adapter_choice *)((char *)load->block + choices_at);
-    char *scratch = (char *)load->block + scratch_at;
-    PLORA_CHECK(load->file.tensor_count > 0, PLORA_ERROR_FORMAT, "there are no tensors");
-    for (int32_t i = 0; i < load->file.tensor_count; ++i)
-        PLORA_TRY(place_tensor(load, &load->file.tensors[i], scratch));
-    for (int32_t i = 0; i < load->model->layer_count; ++i)
-        PLORA_TRY(choose_layer(load, i));
-    return PLORA_OK;
-}
-
-/* Copies a tensor into the arena, widened to fp32, a piece at a time. */
-static plora_status copy_tensor(plora_context *context, const struct plora__tensor *tensor, float *arena)
-{
-    float piece[1024];
-    const int32_t dtype = plora__tensor_dtype(tensor);
-    const int64_t count = (int64_t)(tensor->bytes / plora__dtype_size(dtype));
-    if (dtype == PLORA_F32) return context->backend->copy(context->device, arena, tensor->data, tensor->bytes, NULL);
-    for (int64_t done = 0; done < count;) {
-        const int64_t length = count - done < 1024 ? count - done : 1024;
-        for (int64_t i = 0; i < length; ++i)
-            piece[i] = plora__load(tensor->data, done + i, dtype);
-        PLORA_TRY(context->backend->copy(context->device, arena + done, piece, (size_t)length * sizeof *piece, NULL));
-        PLORA_TRY(context->backend->synchronize(context->device, NULL));
-        done += length;
-    }
-    return PLORA_OK;
-}
-
-static plora_status build(struct load *load, plora_adapters_options *options, plora_adapters **adapters)
-{
-    plora_context *context = load->model->context;
-    plora_adapters *created;
-    options->rank = (int32_t)load->config.rank;
-    options->alpha = load->config.alpha;
-    options->rslora = load->config.rslora;
-    PLORA_TRY(plora__adapters_build(load->model, options, load->choices, load->choice_count, &created));
-    plora_status status = PLORA_OK;
-    for (int32_t i = 0; i < load->choice_count; ++i) {
-        const int32_t layer = load->choices[i].layer;
-        const struct plora__adapter *adapter = &created->adapters[created->adapter_of_layer[layer]];
-        PLORA_TRY_OUT(copy_tensor(context, load->pairs[layer][0], created->parameters + adapter->a_offset));
-        PLORA_TRY_OUT(copy_tensor(context, load->pairs[layer][1], created->parameters + adapter->b_offset));
-    }
-    PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
-    *adapters = created;
-    return PLORA_OK;
-out:
-    plora_adapters_destroy(created);
-    return status;
-}
-
-static plora_status load_files(struct load *load, const char *directory, plora_adapters_options *options,
-                               plora_adapters **adapters)
-{
-    plora_context *context = load->model->context;
+    plora_context *context = model->context;
     struct plora__mapping text = {NULL, 0};
     char *tensors_path = NULL, *config_path = NULL;
     const char *culprit = NULL; /* the file a message is about */
@@ -301,35 +200,31 @@ static plora_status load_files(struct load *load, const char *directory, plora_a
     PLORA_TRY_OUT(plora__join_path(context, directory, tensors_name, &tensors_path));
     PLORA_TRY_OUT(plora__file_map(context, config_path, &text));
     culprit = config_path;
-    PLORA_TRY_OUT(plora__peft_config_read(context, (const char *)text.data, text.bytes, &load->config));
+    PLORA_TRY_OUT(plora__peft_config_read(context, (const char *)text.data, text.bytes, &files->config));
     culprit = NULL;
-    PLORA_TRY_OUT(plora__safetensors_open(context, tensors_path, &load->file));
+    PLORA_TRY_OUT(plora__safetensors_open(context, tensors_path, &files->tensors));
     culprit = tensors_path;
-    PLORA_TRY_OUT(pair_tensors(load));
-    culprit = directory;
-    status = build(load, options, adapters);
+    options->rank = (int32_t)files->config.rank;
+    options->alpha = files->config.alpha;
+    options->rslora = files->config.rslora;
+    files->source.tensors = files->tensors.tensors;
+    files->source.tensor_count = files->tensors.tensor_count;
+    status = plora__adapters_from(model, &files->source, options, adapters);
 out:
     if (status != PLORA_OK && culprit != NULL) status = plora__fail_in(status, culprit);
-    plora__peft_config_free(&load->config);
+    plora__peft_config_free(&files->config);
     plora__file_unmap(context, &text);
     plora__free_string(context, tensors_path);
     plora__free_string(context, config_path);
     return status;
 }
 
-plora_status plora_adapters_load(plora_model *model, const char *directory, const plora_adapters_options *given,
-                                 plora_adapters **adapters)
+plora_status plora__peft_load(plora_model *model, const char *directory, plora_adapters_options *options,
+                              plora_adapters **adapters)
 {
-    PLORA_CHECK(model != NULL && directory != NULL && adapters != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
-                model == NULL       ? "model"
-                : directory == NULL ? "directory"
-                                    : "adapters");
-    plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
-    PLORA_TRY(plora__read_options(&options, sizeof options, given, "plora_adapters_options"));
-    PLORA_TRY(plora__adapters_check_common(&options));
-    struct load load = {.model = model, .file = {.context = model->context}};
-    const plora_status status = load_files(&load, directory, &options, adapters);
-    plora__safetensors_close(&load.file);
-    plora__free(model->context, load.block, load.bytes);
+    struct files files = {.source = {.name_layer = name_layer, .choose = choose},
+                          .tensors = {.context = model->context}};
+    const plora_status status = load_files(model, directory, &files, options, adapters);
+    plora__safetensors_close(&files.tensors);
     return status;
 }

@@ -1,4 +1,4 @@
-/* peft.h: writing a PEFT directory, of live adapters (peft.c) or of exported ones (export.c). */
+/* peft.h: PEFT directories: written of live adapters (peft.c) or of exported ones (export.c), and read. */
 #ifndef PLORA_PEFT_H
 #define PLORA_PEFT_H
 
@@ -21,5 +21,9 @@ plora_status plora__peft_name(const plora_adapters *adapters, int32_t index, con
  * the patterns do not name; rslora and dropout are told to PEFT. */
 plora_status plora__peft_save(const plora_adapters *adapters, const struct plora__peft_adapter *list,
                               const plora_adapters_options *options, const char *directory);
+
+/* plora_adapters_load() of a directory. Rank, alpha and rslora of `options` become the file's. */
+plora_status plora__peft_load(plora_model *model, const char *directory, plora_adapters_options *options,
+                              plora_adapters **adapters);
 
 #endif

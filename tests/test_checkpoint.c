@@ -16,7 +16,7 @@ struct run {
 };
 
 static const plora_adapters_options base_options = {
-    sizeof(plora_adapters_options), 2, PLORA_INIT_GAUSSIAN, 4.0, 0.25, 77, "all-linear", NULL, NULL, 0, 0, 0, 0};
+    sizeof(plora_adapters_options), 2, PLORA_INIT_GAUSSIAN, 4.0, 0.25, 77, "all-linear", NULL, NULL, 0, 0, 0, 0, 0, 0};
 
 static plora_optimizer_options optimizer_options(int32_t algorithm)
 {

@@ -274,7 +274,7 @@ static void refused(void **state)
         {CONFIG(",\"rank_pattern\":{\"l.0.q\":3}"), GOOD, 20, PLORA_ERROR_SHAPE, "rank 3"},
         {CONFIG(""), "{}", 0, PLORA_ERROR_FORMAT, "no tensors"},
         {CONFIG(""), "{" KEY("model.l.0.q", "A") TENSOR("F32", "[2,4]", 0, 32) "}", 8, PLORA_ERROR_FORMAT,
-         "without its partner .lora_B.weight"},
+         "without its partner, lora_B of layer 'model.l.0.q'"},
         {CONFIG(""), "{" KEY("model.l.7.q", "A") TENSOR("F32", "[2,4]", 0, 32) "}", 8, PLORA_ERROR_NOT_FOUND,
          "model.l.7.q"},
         {CONFIG(""), "{" KEY("model.l.0.q", "C") TENSOR("F32", "[2,4]", 0, 32) "}", 8, PLORA_ERROR_UNSUPPORTED,
