@@ -45,7 +45,7 @@ $(BUILD)/%.o: %.c $(BUILD)/flags | deps-build
 define level_rule
 $(BUILD)/%.isa$(1).o: %.c $(BUILD)/flags | deps-build
 	@mkdir -p $$(@D); echo '  CC    $$< level $(1)'
-	$(Q)$$(CC) $$(ALL_FLAGS) $$(EXTRA) -O3 -ffp-contract=fast $$(LEVEL_$(1)) -DCPU_ISA=$(1) -MMD -MP -c -o $$@ $$<
+	$(Q)$$(CC) $$(ALL_FLAGS) $$(EXTRA) -O3 -ffp-contract=fast $$(LEVEL_$(1)) $$(LEVEL_MORE) -DCPU_ISA=$(1) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach i,$(LEVELS),$(eval $(call level_rule,$(i))))
 
@@ -109,7 +109,7 @@ help:
 	@echo 'make test-cuda, bench-cuda the same tests on a GPU, and how near it comes to what the GPU allows; ladder'
 	@echo 'make cuda-report           registers, spills, occupancy and instructions of the CUDA kernels'
 	@echo 'make abi, abi-update       compares the ABI with tests/abi/, or records it there'
-	@echo 'make fuzz                  fuzzes the file readers, FUZZ_SECONDS=30 each'
+	@echo 'make fuzz                  fuzzes the file readers, SECONDS=30 each; fuzz-corpus writes their seeds'
 	@echo 'make interop               SmolLM2-135M against transformers, PEFT and llama.cpp; installs torch, compiles llama.cpp'
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
 	@echo 'make precision             what 16-bit weights hold after many unloads, by rounding; tensor-sums: errors of tensor-core sums'

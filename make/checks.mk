@@ -7,11 +7,14 @@ CHECK_SUITES = $(foreach check,$(CHECKS),'$(check)=$(MAKE) --no-print-directory 
 PYTEST := $(if $(wildcard tests/python/test_*.py),\
     'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python')
 
+# The fuzz targets, each over its corpus: C tests like the others.
+REPLAYS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
+
 .PHONY: test test-c header abi abi-update test-install
-test: all $(TESTS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
-	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(EMULATED_SUITES) $(BUILD)/quickstart $(PYTEST)
-test-c: $(TESTS)
-	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS)
+test: all $(TESTS) $(REPLAYS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(REPLAYS) $(EMULATED_SUITES) $(BUILD)/quickstart $(PYTEST)
+test-c: $(TESTS) $(REPLAYS)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS) $(REPLAYS)
 
 STRICT = -pedantic -Wall -Wextra -Werror -fsyntax-only include/plora.h
 header: | deps-tests
@@ -55,20 +58,38 @@ valgrind: | deps-valgrind
 	@+PLORA_TEST_QUICK=1 OMP_NUM_THREADS=2 ONEDNN_MAX_CPU_ISA=SSE41 $(SANITIZED) TEST_WRAPPER='$(VALGRIND)'
 
 # ------------------------------------------------------------------------------------------------------------- fuzzing
-FUZZ_SECONDS ?= 30
-FUZZERS := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+# Every reader of a file format has a target in tests/fuzz/. `make test` replays their corpora; this looks for more. Kernels, which read
+# no files, are left as they are: instrumented, they take minutes to compile.
+SECONDS  ?= 30
+FUZZERS  := $(patsubst tests/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard tests/fuzz/fuzz_*.c))
+CORPUS    = tests/fuzz/corpus
+COVERED   = lib/safetensors.c lib/json.c lib/peft.c lib/peft_config.c lib/adapter_load.c lib/gguf_read.c lib/gguf_names.c \
+            lib/gguf_adapter.c lib/ledger_file.c lib/checkpoint.c
 fuzz: | deps-fuzz
-	@+$(MAKE) --no-print-directory BUILD=$(BUILD)/fuzzing CC=clang-14 HARDEN= OPENMP= \
-	    CFLAGS='-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined' fuzz-run
+	@+$(MAKE) --no-print-directory BUILD=$(BUILD)/fuzzing CUDA=0 CC=clang-14 HARDEN= OPENMP= \
+	    CFLAGS='-O1 -g -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -fprofile-instr-generate -fcoverage-mapping' \
+	    LEVEL_MORE='-fno-sanitize=all -fno-profile-instr-generate -fno-coverage-mapping' fuzz-run
 fuzz-run: $(FUZZERS)
 	@for fuzzer in $^; do \
-	    echo "$$fuzzer for $(FUZZ_SECONDS) s"; mkdir -p $$fuzzer.corpus; \
-	    $$fuzzer -max_total_time=$(FUZZ_SECONDS) -rss_limit_mb=2048 -timeout=10 -verbosity=0 -print_final_stats=1 \
-	        -artifact_prefix=$$fuzzer- $$fuzzer.corpus || exit 1; \
+	    name=$${fuzzer##*/fuzz_}; found=$(BUILD)/found/$$name; mkdir -p $$found; \
+	    echo "$$name for $(SECONDS) s"; \
+	    LLVM_PROFILE_FILE=$$fuzzer.profraw $$fuzzer -max_total_time=$(SECONDS) -max_len=8192 -rss_limit_mb=2048 -timeout=10 \
+	        -verbosity=0 -print_final_stats=1 -artifact_prefix=$(BUILD)/found/bug_$${name}_ $$found $(CORPUS)/$$name || exit 1; \
+	    llvm-profdata-14 merge -o $$fuzzer.profdata $$fuzzer.profraw; \
+	    llvm-cov-14 report $$fuzzer -instr-profile=$$fuzzer.profdata $(COVERED) | cut -c-24,86-; \
 	done
 $(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libplora.a
 	@mkdir -p $(@D)
-	$(CC) -fsanitize=fuzzer,address,undefined -o $@ $^ $(LIBS)
+	$(CC) $(CFLAGS) -fsanitize=fuzzer,address,undefined -o $@ $^ $(LIBS)
+
+# The seeds of the corpora, anew. What the fuzzers have found since goes beside them by hand (docs/reliability.md).
+.PHONY: fuzz-corpus
+fuzz-corpus: $(BUILD)/tests/fuzz/make_corpus
+	$< $(CORPUS)
+$(BUILD)/tests/fuzz/make_corpus: $(BUILD)/tests/fuzz/make_corpus.o $(BUILD)/libplora.a
+	$(PROGRAM) $(LIBS)
+$(BUILD)/tests/fuzz/fuzz_%: $(BUILD)/tests/fuzz/fuzz_%.o $(BUILD)/tests/fuzz/replay.o $(BUILD)/libplora.a
+	$(PROGRAM) $(LIBS)
 
 # ---------------------------------------------------------------------------------------------------------------- lint
 JOBS    := $(shell nproc)

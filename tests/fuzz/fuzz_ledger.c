@@ -2,14 +2,14 @@
  *
  * Nothing gets past the hashes by chance. So unless the first byte is odd, the bytes behind it are given magics, hashes and a chain
  * of records where they would be, and only the rest is left to the fuzzer. */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
-
+#include "fuzz.h"
 #include "hash.h"
 #include "ledger_file.h"
 
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+static int64_t plausible(int64_t features)
+{
+    return features > 0 && features <= 16 ? features : 1 + (features & 15);
+}
 
 static void seal_header(unsigned char *bytes, size_t size)
 {
@@ -17,18 +17,19 @@ static void seal_header(unsigned char *bytes, size_t size)
     memcpy(header->magic, "PLORALED", 8);
     header->version = PLORA__LEDGER_VERSION;
     header->layer_count %= 4;
-    header->bytes = 64 * (1 + header->bytes % 8);
+    if (header->bytes < 64 || header->bytes % 64 != 0) header->bytes = 64 * (1 + header->bytes % 8);
     if (header->bytes > size) header->bytes = size / 64 * 64;
     struct plora__ledger_layer *layers = (struct plora__ledger_layer *)(header + 1);
     const uint64_t names = 64 + 64 * header->layer_count;
     for (uint32_t i = 0; i < header->layer_count && names < header->bytes; ++i) { /* mostly plausible layers */
         if (layers[i].reserved % 4 == 3) continue;
-        layers[i].name_offset = names + layers[i].name_offset % (header->bytes - names);
+        if (layers[i].name_offset < names || layers[i].name_offset >= header->bytes)
+            layers[i].name_offset = names + layers[i].name_offset % (header->bytes - names);
         layers[i].name_bytes =
             (uint32_t)strnlen((char *)bytes + layers[i].name_offset, header->bytes - layers[i].name_offset);
         layers[i].dtype &= 1;
-        layers[i].in_features = 1 + (layers[i].in_features & 15);
-        layers[i].out_features = 1 + (layers[i].out_features & 15);
+        layers[i].in_features = plausible(layers[i].in_features);
+        layers[i].out_features = plausible(layers[i].out_features);
         layers[i].fan_in_fan_out &= 1;
     }
     header->table_hash = plora__hash(header + 1, header->bytes - sizeof *header, 0);
@@ -62,7 +63,7 @@ static void seal_record(const struct plora__ledger_layer *layers, struct plora__
 {
     const int marked = record->reserved % 2 == 0;
     memcpy(record->magic, "PLORAREC", 8);
-    record->bytes = 64 * (2 + record->bytes % 32);
+    if (record->bytes < 128 || record->bytes % 64 != 0) record->bytes = 64 * (2 + record->bytes % 32);
     if (record->bytes > left) record->bytes = left / 64 * 64;
     record->index = index;
     record->lineage_before = lineage;
@@ -117,8 +118,7 @@ static void read_records(const struct plora__ledger_store *store, const unsigned
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static plora_context *context;
-    if (context == NULL && plora_context_create(NULL, &context) != PLORA_OK) abort();
+    plora_context *context = fuzz_context();
     if (size == 0) return 0;
     const int sealed = data[0] % 2 == 0;
     data++;
@@ -133,6 +133,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     if (status == PLORA_OK) {
         read_records(&store, bytes, size);
         plora__ledger_lists_free(&store);
+        ++fuzz_accepted;
     } else if (store.header != NULL || store.slots != NULL)
         abort();
     free(bytes);

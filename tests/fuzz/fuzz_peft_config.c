@@ -1,22 +1,12 @@
-/* fuzz_peft_config.c: libFuzzer target. Any bytes are an adapter_config.json: an error, or a rank and a scale for any layer.
- *
- *     make build/libplora.a
- *     clang -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Ilib tests/fuzz/fuzz_peft_config.c \
- *         lib/json.c lib/peft_config.c lib/status.c build/libplora.a -ldnnl -lm -lgomp -o build/fuzz_peft_config
- *     build/fuzz_peft_config -max_total_time=60 */
-#include <math.h>
-#include <stdlib.h>
-#include <string.h>
+/* fuzz_peft_config.c: libFuzzer target. Any bytes are an adapter_config.json: an error, or a rank and a scale for any layer. */
 
+#include "fuzz.h"
 #include "peft_config.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
     static const char *const layers[] = {"q", "model.layers.0.self_attn.q_proj", "lm_head", ".", "a..b"};
-    static plora_context *context;
-    if (context == NULL && plora_context_create(NULL, &context) != PLORA_OK) abort();
+    plora_context *context = fuzz_context();
     char *text = malloc(size > 0 ? size : 1); /* exactly as long as the file */
     if (text == NULL) return 0;
     memcpy(text, data, size);
@@ -31,6 +21,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             if (rank < 1 || rank > INT32_MAX || !isfinite(alpha)) abort();
         }
         plora__peft_config_free(&config);
+        ++fuzz_accepted;
     }
     free(text);
     return 0;

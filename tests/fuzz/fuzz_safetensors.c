@@ -1,21 +1,12 @@
-/* fuzz_safetensors.c: libFuzzer target. Any bytes are a safetensors file: an error, or tensors whose every byte can be read.
- *
- *     make build/libplora.a
- *     clang -std=c11 -D_GNU_SOURCE -g -O1 -fsanitize=fuzzer,address,undefined -Iinclude -Ilib tests/fuzz/fuzz_safetensors.c \
- *         lib/json.c lib/file.c lib/safetensors.c lib/status.c build/libplora.a -ldnnl -lm -lgomp -o build/fuzz_safetensors
- *     build/fuzz_safetensors -max_total_time=60 */
-#include <stdlib.h>
-#include <string.h>
+/* fuzz_safetensors.c: libFuzzer target. Any bytes are a safetensors file: an error, or tensors whose every byte can be read. */
 
+#include "fuzz.h"
 #include "safetensors.h"
-
-int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static plora_context *context;
+    plora_context *context = fuzz_context();
     static volatile unsigned sink;
-    if (context == NULL && plora_context_create(NULL, &context) != PLORA_OK) abort();
     unsigned char *bytes = malloc(size > 0 ? size : 1); /* exactly as long as the file */
     if (bytes == NULL) return 0;
     memcpy(bytes, data, size);
@@ -32,6 +23,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
                 if (tensor->shape[d] < 0) abort();
         }
         plora__safetensors_close(&file);
+        ++fuzz_accepted;
     }
     free(bytes);
     return 0;
