@@ -61,7 +61,7 @@ test-emulator: $(EMULATOR_TESTS) $(EMULATOR_LIBS) $(EMULATOR_KERNELS)
 
 # ---------------------------------------------------------------------------------------------------------------- mutants
 # Bugs planted in copies of cuda/ (tests/mutants), each of which a test of `test-emulated` must find. MUTANTS=PATTERN... picks some.
-MUTANT_PROGRAMS := $(patsubst %,$(BUILD)/tests/%.o,emulated/test_cuda_device emulated/test_cuda_stage emulated/test_cuda_sizes \
+MUTANT_PROGRAMS := $(patsubst %,$(BUILD)/tests/%.o,emulated/test_cuda_device emulated/test_cuda_far emulated/test_cuda_stage emulated/test_cuda_sizes \
                      test_batch test_dequantise test_linear test_merge test_optimizer test_philox)
 $(BUILD)/tests/mutants/only.o: | deps-tests
 

@@ -174,18 +174,20 @@ static void end_quarantine(void)
     append_room(&empty, room);
 }
 
-/* A room of at least room->span bytes: one that was used before, whose pages are there already, or new addresses. */
+/* A room of at least room->span bytes: one that was used before, whose pages are there already, or new addresses, with EMU_SPREAD
+ * addresses left free before them. */
 static bool take_room(struct room *room)
 {
-    for (size_t i = empty.count; i-- > 0;) {
+    const uint64_t spread = (uint64_t)emu_setting("EMU_SPREAD", 0) / PAGE * PAGE;
+    for (size_t i = empty.count; i-- > 0 && spread == 0;) {
         if (empty.room[i].span < room->span || empty.room[i].span > 2 * room->span) continue;
         *room = empty.room[i];
         empty.room[i] = empty.room[--empty.count];
         return true;
     }
-    if (next_page + room->span > RANGE) return false;
-    room->offset = next_page;
-    next_page += room->span;
+    if (spread > RANGE || next_page + spread + room->span > RANGE) return false;
+    room->offset = next_page + spread;
+    next_page = room->offset + room->span;
     return true;
 }
 

@@ -41,6 +41,7 @@ RANKS = "test_linear:ranks_up_to_256"
 CHUNKS = "test_linear:chunks_of_a_batch_draw_its_masks"
 DEVICE = "test_cuda_device:"
 STAGE = "test_cuda_stage:"
+FAR = "test_cuda_far:"
 SIZES = "test_cuda_sizes:"
 ROUNDED = "test_merge:test_merge_rounded"
 VALUE = r"\(\d+,\d+\) is .* want|code \d+ became"  # of test_dequantise.c
@@ -417,6 +418,23 @@ MUTANTS = [
            "0, &norm,\n                          stream));",
            "0, &norm,\n                          NULL));",
            STAGE + "same_bits_on_any_stream", UNSET + "|other results"),
+    # ---------------------------------------------------------------------------------------------- more than 2^31 elements
+    Mutant("merge_index", "merge.cu",
+           "    return (char *)p.weight + (row * p.stride + column) * shape<DTYPE>::SIZE;",
+           "    return (char *)p.weight + (int64_t)(int)(row * p.stride + column) * shape<DTYPE>::SIZE;",
+           FAR + "merges", READ),
+    Mutant("shrink_index", "shrink.cu",
+           "load_four(job.in, token * job.stride + from,",
+           "load_four(job.in, (int)(token * job.stride) + from,",
+           FAR + "linear_layers", READ, sm=75),
+    Mutant("tile_index", "cuda_common.cuh",
+           "        const uint16_t *data = source.data + (row + tile_row) * source.stride + from;",
+           "        const uint16_t *data = source.data + (int)((row + tile_row) * source.stride) + from;",
+           FAR + "linear_layers", READ, unit="shrink.cu"),
+    Mutant("batch_index", "batch.cu",
+           "        const uint16_t *source = (const uint16_t *)data + own.row[i] * stride + from;",
+           "        const uint16_t *source = (const uint16_t *)data + (int)(own.row[i] * stride) + from;",
+           FAR + "batches", READ),
     # --------------------------------------------------------------------------------------------------- cuda_backend.c
     Mutant("close_libraries", "cuda_backend.c",
            "            device->api->cudaLibraryUnload(device->libraries[i]);",
