@@ -21,11 +21,16 @@ EMULATED_SUITES = $(foreach test,$(EMULATED_TESTS),'emulated_$(notdir $(test))=e
 test-emulated: $(EMULATED_TESTS) $(BUILD)/bench/bench_cuda $(EMULATOR_LIBS)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(EMULATED_SUITES)
 
-# On the GPU of this machine: without one they fail.
-test-cuda: $(GPU_TESTS)
-	@$(PYTHON) tests/run.py $(BUILD)/logs $(foreach test,$^,'cuda_$(notdir $(test))=env PLORA_TEST_BACKEND=cuda $(test)')
-bench-cuda: $(BUILD)/bench/bench_cuda
-	$< > $(BUILD)/bench_cuda.jsonl; status=$$?; cat $(BUILD)/bench_cuda.jsonl; exit $$status
+# On the GPU of this machine: without one they fail. The libraries are those of the loader's path, or else the toolkit's or the wheels'.
+ON_GPU = env LD_LIBRARY_PATH="$${LD_LIBRARY_PATH:+$$LD_LIBRARY_PATH:}$(PLORA_CUDA_PATH)"
+test-cuda: $(GPU_TESTS) $(CUDA_LIBRARIES_READY)
+	@$(PYTHON) tests/run.py $(BUILD)/logs \
+	    $(foreach test,$(GPU_TESTS),'cuda_$(notdir $(test))=$(ON_GPU) PLORA_TEST_BACKEND=cuda $(test)')
+# PEERS=1: beside torch and PEFT too, which it installs.
+bench-cuda: $(BUILD)/bench/bench_cuda $(CUDA_LIBRARIES_READY) $(if $(PEERS),$(BUILD)/venv-peers/ready)
+	@rm -f $(BUILD)/bench_cuda.jsonl
+	$(ON_GPU) $< > $(BUILD)/bench_cuda.jsonl; status=$$?; cat $(BUILD)/bench_cuda.jsonl; exit $$status
+	$(if $(PEERS),$(ON_GPU) $(BUILD)/venv-peers/bin/python tests/bench/cuda_peers.py $< | tee -a $(BUILD)/bench_cuda.jsonl)
 
 ifeq ($(CUDA),0)
 EMULATED_TESTS =

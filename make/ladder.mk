@@ -15,7 +15,7 @@ $(BUILD)/ladder/%_ladder: $(BUILD)/ladder/%_ladder.o | $(BUILD)/ladder/%_ladder.
 	$(Q)$(CC) $(OPENMP) $(CFLAGS) $(LINK) -o $@ $(filter %.o,$^) -lcmocka -lm -ldl -lpthread
 
 .PHONY: ladder test-ladder
-ladder: $(LADDERS) $(LADDERS:%=%.fatbin)
-	@for ladder in $(LADDERS); do $$ladder $$ladder.fatbin --time || exit 1; done
+ladder: $(LADDERS) $(LADDERS:%=%.fatbin) $(CUDA_LIBRARIES_READY)
+	@for ladder in $(LADDERS); do $(ON_GPU) $$ladder $$ladder.fatbin --time || exit 1; done
 test-ladder: $(LADDERS) $(LADDERS:%=%.fatbin) $(EMULATOR_LIBS)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(foreach ladder,$(LADDERS),'emulated_$(notdir $(ladder))=$(EMULATED) $(ladder) $(ladder).fatbin')

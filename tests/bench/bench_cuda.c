@@ -4,9 +4,11 @@
  *     optimizer  against a device copy of its 28 bytes an element
  *     linear     forward and backward of one layer with an adapter, against cuBLAS's product alone (the same layer without one)
  *     unload     a whole plora_unload() of 28 layers, host's time, against the copy
+ *     batch      tokens of many adapters in one call, against one call for each adapter
+ *     layers     what a training step of SmolLM2-135M does in its linear layers, host's time: cuda_peers.py has PEFT's
  *
  * Both sides of a ratio alternate; a figure is the median. On the emulator the times mean nothing, but everything runs.
- * usage: bench_cuda [repeats [quick]] */
+ * usage: bench_cuda [repeats [quick | layers]]         layers: that one alone */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -334,6 +336,143 @@ static void bench_unload(int64_t n, int64_t k, int32_t rank, int32_t dtype)
     layers_close(&l);
 }
 
+/* --------------------------------------------------------------------------------------------------------------- batch */
+
+enum { ADAPTERS_MAX = 64 };
+
+struct batch_case {
+    struct plora__batch_args all, each[ADAPTERS_MAX];
+    int count;
+};
+
+static void batch_all(void *data)
+{
+    const struct batch_case *c = data;
+    CHECKED(context->backend->batch_forward(context->device, &c->all, stream));
+}
+
+static void batch_each(void *data)
+{
+    const struct batch_case *c = data;
+    for (int i = 0; i < c->count; ++i)
+        CHECKED(context->backend->batch_forward(context->device, &c->each[i], stream));
+}
+
+/* `count` adapters with `tokens` tokens each. */
+static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, int32_t dtype)
+{
+    static struct batch_case c;
+    struct plora__batch_slot slots[ADAPTERS_MAX];
+    struct plora__batch_segment segments[2][ADAPTERS_MAX]; /* of the one call, of the many */
+    const int64_t all = (int64_t)count * tokens;
+    c.count = count;
+    for (int i = 0; i < count; ++i) {
+        slots[i] = (struct plora__batch_slot){values(rank * side, PLORA_F32, 0.1f),
+                                              values(side * rank, PLORA_F32, 0.1f), rank, 0.5f};
+        segments[0][i] = segments[1][i] = (struct plora__batch_segment){i, i * tokens, tokens, 0};
+        plora__batch_cut(&segments[1][i], 1);
+    }
+    c.all = (struct plora__batch_args){.tokens = all,
+                                       .in_features = side,
+                                       .out_features = side,
+                                       .max_rank = rank,
+                                       .segment_count = count,
+                                       .tiles = plora__batch_cut(segments[0], count),
+                                       .x = {values(all * side, dtype, 1.0f), all, side, side, dtype, 0},
+                                       .y = {values(all * side, dtype, 1.0f), all, side, side, dtype, 0}};
+    struct plora__batch_segment *device_segments = device_malloc(sizeof segments);
+    struct plora__batch_slot *device_slots = device_malloc(sizeof slots);
+    device_copy(device_segments, segments, sizeof segments);
+    device_copy(device_slots, slots, (size_t)count * sizeof *slots);
+    c.all.segments = device_segments;
+    c.all.slots = device_slots;
+    c.all.workspace = device_malloc(context->backend->batch_workspace(context->device, &c.all));
+    for (int i = 0; i < count; ++i) { /* the list is that of the one call, of which each takes its own tokens */
+        c.each[i] = c.all;
+        c.each[i].segments = device_segments + ADAPTERS_MAX + i;
+        c.each[i].segment_count = 1;
+        c.each[i].tiles = (tokens + PLORA__BATCH_TILE - 1) / PLORA__BATCH_TILE;
+    }
+    const struct pair times = measure(batch_all, batch_each, &c);
+    printf("{\"bench\": \"batch\", \"dtype\": \"%s\", \"adapters\": %d, \"tokens_each\": %d, \"side\": %lld, \"rank\": "
+           "%d, "
+           "\"us\": %.2f, \"one_by_one_us\": %.2f, \"times_as_fast\": %.2f}\n",
+           plora__dtype_name(dtype), count, tokens, (long long)side, rank, 1e6 * times.ours, 1e6 * times.other,
+           times.other / times.ours);
+    fflush(stdout);
+    for (int i = 0; i < count; ++i) {
+        device_free((void *)(uintptr_t)slots[i].a);
+        device_free((void *)(uintptr_t)slots[i].b);
+    }
+    void *const blocks[] = {c.all.x.data, c.all.y.data, c.all.workspace, device_segments, device_slots};
+    for (int i = 0; i < 5; ++i)
+        device_free(blocks[i]);
+}
+
+/* -------------------------------------------------------------------------------------------- linear layers of a step */
+
+enum { SHAPES = 7 };
+
+/* SmolLM2-135M: out and in of q, k, v, o, gate, up, down in each of 30 blocks. */
+static const int64_t smollm2[SHAPES][2] = {{576, 576},  {192, 576},  {192, 576}, {576, 576},
+                                           {1536, 576}, {1536, 576}, {576, 1536}};
+
+/* Forward and backward of every layer, from activations that lie there, then the optimizer's step. */
+static void bench_layers(int blocks, int64_t tokens, int32_t rank, int32_t dtype)
+{
+    static double times[REPEATS_MAX];
+    const int64_t widest = 1536;
+    plora_model *model;
+    plora_adapters *adapters;
+    plora_optimizer *optimizer;
+    plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
+    void *weights[SHAPES], *x = values(tokens * widest, dtype, 1.0f), *y = values(tokens * widest, dtype, 1.0f),
+                           *dx = values(tokens * widest, dtype, 1.0f);
+    CHECKED(plora_model_create(context, &model));
+    for (int shape = 0; shape < SHAPES; ++shape) /* blocks share them: only adapters are trained */
+        weights[shape] = values(smollm2[shape][0] * smollm2[shape][1], dtype, 0.1f);
+    for (int i = 0; i < blocks * SHAPES; ++i) {
+        char name[32];
+        plora_linear linear = PLORA_LINEAR_INIT;
+        const int64_t *shape = smollm2[i % SHAPES];
+        snprintf(name, sizeof name, "block%d.%d", i / SHAPES, i % SHAPES);
+        linear.name = name;
+        linear.weight = (plora_matrix){weights[i % SHAPES], shape[0], shape[1], shape[1], dtype, 0};
+        CHECKED(plora_model_add_linear(model, &linear, NULL));
+    }
+    options.rank = rank;
+    options.workspace_tokens = tokens;
+    CHECKED(plora_adapters_create(model, &options, &adapters));
+    CHECKED(plora_optimizer_create(adapters, NULL, &optimizer));
+    for (int i = -2; i < repeats; ++i) {
+        CHECKED(plora_synchronize(context, stream));
+        const double start = now();
+        for (int backward = 0; backward < 2; ++backward)
+            for (int32_t layer = 0; layer < blocks * SHAPES; ++layer) {
+                const int64_t n = smollm2[layer % SHAPES][0], k = smollm2[layer % SHAPES][1];
+                const plora_matrix in = {x, tokens, k, k, dtype, 0}, out = {y, tokens, n, n, dtype, 0},
+                                   gradient = {dx, tokens, k, k, dtype, 0};
+                CHECKED(backward ? plora_linear_backward(adapters, layer, &in, &out, &gradient, 0, stream)
+                                 : plora_linear_forward(adapters, layer, &in, &out, 0, stream));
+            }
+        CHECKED(plora_optimizer_step(optimizer, 1.0, NULL, stream));
+        CHECKED(plora_optimizer_zero_gradients(optimizer, stream));
+        CHECKED(plora_synchronize(context, stream));
+        if (i >= 0) times[i] = now() - start;
+    }
+    printf("{\"bench\": \"layers\", \"dtype\": \"%s\", \"blocks\": %d, \"tokens\": %lld, \"rank\": %d, \"ms\": %.3f}\n",
+           plora__dtype_name(dtype), blocks, (long long)tokens, rank, 1e3 * median(times, repeats));
+    fflush(stdout);
+    plora_optimizer_destroy(optimizer);
+    plora_adapters_destroy(adapters);
+    plora_model_destroy(model);
+    for (int shape = 0; shape < SHAPES; ++shape)
+        device_free(weights[shape]);
+    device_free(x);
+    device_free(y);
+    device_free(dx);
+}
+
 /* ---------------------------------------------------------------------------------------------------------------- main */
 
 static void print_device(void)
@@ -366,12 +505,19 @@ int main(int count, char **arguments)
 {
     if (count > 1) repeats = atoi(arguments[1]);
     quick = count > 2 && strcmp(arguments[2], "quick") == 0;
+    const int layers_alone = count > 2 && strcmp(arguments[2], "layers") == 0;
     if (repeats < 1 || repeats > REPEATS_MAX) {
         fprintf(stderr, "bench_cuda: repeats '%s': must be in [1, %d]\n", arguments[1], REPEATS_MAX);
         return 2;
     }
     open_context();
     print_device();
+    for (int d = 0; d < 2; ++d)
+        bench_layers(quick ? 1 : 30, quick ? 16 : 1024, quick ? 4 : 16, d == 0 ? PLORA_F32 : PLORA_BF16);
+    if (layers_alone) {
+        close_context();
+        return 0;
+    }
     static const int32_t dtypes[] = {PLORA_F32, PLORA_BF16, PLORA_F16}, ranks[] = {8, 16, 64};
     const int64_t side = quick ? 96 : 4096, wide = quick ? 200 : 11008, tokens = quick ? 33 : 4096;
     for (int d = 0; d < 3; ++d)
@@ -389,6 +535,9 @@ int main(int count, char **arguments)
     bench_step(side, side, 16);
     for (int d = 0; d < 2; ++d)
         bench_unload(side, side, 16, dtypes[d]);
+    for (int d = 0; d < 2; ++d)
+        for (int32_t each = 1; each <= (quick ? 2 : 64); each *= quick ? 2 : 8)
+            bench_batch(quick ? 3 : ADAPTERS_MAX, each, side, 16, dtypes[d]);
     close_context();
     return 0;
 }
