@@ -449,6 +449,10 @@ PLORA_API plora_status plora_optimizer_zero_gradients(plora_optimizer *optimizer
 /* The learning rate of A that the next step will use. @since 0.1 */
 PLORA_API double plora_optimizer_learning_rate(const plora_optimizer *optimizer);
 
+/* options.learning_rate from the next step on, for a host with a schedule of its own; the optimizer's goes on as a factor on it. A
+ * checkpoint loads into an optimizer of the rate it was saved with. Errors: INVALID_ARGUMENT (not finite, or < 0). @since 0.1 */
+PLORA_API plora_status plora_optimizer_set_learning_rate(plora_optimizer *optimizer, double learning_rate);
+
 /* Views of the state, each [count] in the layout of the parameter arena; second_moment is NULL for SGD. *step: steps since the
  * last reset. Any output may be NULL. @since 0.1 */
 PLORA_API plora_status plora_optimizer_state(plora_optimizer *optimizer, float **first_moment, float **second_moment,

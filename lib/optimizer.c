@@ -27,12 +27,18 @@ static plora_status check_schedule(const plora_optimizer_options *options)
     return PLORA_OK;
 }
 
+static plora_status check_learning_rate(double learning_rate)
+{
+    PLORA_CHECK(learning_rate >= 0.0 && learning_rate <= FLT_MAX, PLORA_ERROR_INVALID_ARGUMENT,
+                "learning_rate is %g: must be finite and >= 0", learning_rate);
+    return PLORA_OK;
+}
+
 static plora_status check_options(const plora_optimizer_options *options)
 {
     PLORA_CHECK(options->algorithm == PLORA_OPTIMIZER_ADAMW || options->algorithm == PLORA_OPTIMIZER_SGD,
                 PLORA_ERROR_INVALID_ARGUMENT, "algorithm %d is unknown", options->algorithm);
-    PLORA_CHECK(options->learning_rate >= 0.0 && options->learning_rate <= FLT_MAX, PLORA_ERROR_INVALID_ARGUMENT,
-                "learning_rate is %g: must be finite and >= 0", options->learning_rate);
+    PLORA_TRY(check_learning_rate(options->learning_rate));
     PLORA_CHECK(options->beta1 >= 0.0 && options->beta1 < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "beta1 is %g: must be in [0, 1)", options->beta1);
     PLORA_CHECK(options->beta2 >= 0.0 && options->beta2 < 1.0, PLORA_ERROR_INVALID_ARGUMENT,
@@ -198,6 +204,14 @@ plora_status plora_optimizer_zero_gradients(plora_optimizer *optimizer, void *st
 double plora_optimizer_learning_rate(const plora_optimizer *optimizer)
 {
     return optimizer == NULL ? 0.0 : optimizer->options.learning_rate * plora__schedule_factor(optimizer);
+}
+
+plora_status plora_optimizer_set_learning_rate(plora_optimizer *optimizer, double learning_rate)
+{
+    PLORA_CHECK(optimizer != NULL, PLORA_ERROR_INVALID_ARGUMENT, "optimizer is NULL");
+    PLORA_TRY(check_learning_rate(learning_rate));
+    optimizer->options.learning_rate = learning_rate;
+    return PLORA_OK;
 }
 
 plora_status plora_optimizer_state(plora_optimizer *optimizer, float **first_moment, float **second_moment,

@@ -108,6 +108,29 @@ static void test_relora(void **state)
     }
 }
 
+/* The schedule goes on as a factor on the rate that the host sets. */
+static void test_set_learning_rate(void **state)
+{
+    (void)state;
+    check_reseed(3);
+    for (int32_t schedule = PLORA_SCHEDULE_CONSTANT; schedule <= PLORA_SCHEDULE_COSINE; ++schedule) {
+        plora_optimizer_options options = random_options(schedule);
+        struct run run;
+        start(&run, &options);
+        for (int64_t t = 0; t < options.period_steps + 3; ++t) {
+            options.learning_rate = t == 4 ? 0.0 : 1e-3 * (1.5 + check_uniform());
+            CHECK_OK(plora_optimizer_set_learning_rate(run.optimizer, options.learning_rate));
+            step(&run, expected(&options, t), "a rate that was set");
+        }
+        const double before = plora_optimizer_learning_rate(run.optimizer);
+        CHECK_FAILS(plora_optimizer_set_learning_rate(run.optimizer, -1e-3), PLORA_ERROR_INVALID_ARGUMENT, "-0.001");
+        CHECK_FAILS(plora_optimizer_set_learning_rate(run.optimizer, NAN), PLORA_ERROR_INVALID_ARGUMENT, "nan");
+        CHECK_FAILS(plora_optimizer_set_learning_rate(NULL, 1.0), PLORA_ERROR_INVALID_ARGUMENT, "NULL");
+        CHECK(plora_optimizer_learning_rate(run.optimizer) == before, "a refused rate was taken");
+        finish(&run);
+    }
+}
+
 static void test_refused(void **state)
 {
     (void)state;
@@ -144,6 +167,7 @@ int main(void)
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_restarting_schedules),
         cmocka_unit_test(test_relora),
+        cmocka_unit_test(test_set_learning_rate),
         cmocka_unit_test(test_refused),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);

@@ -1,0 +1,698 @@
+"""PeriodicLoRA for PyTorch models.
+
+    import plora.torch as plora
+    adapters = plora.attach(model, rank=16, alpha=32)
+    optimizer = plora.AdamW(adapters, lr=2e-4, schedule="cosine", warmup=20, period=200)
+    ...  loss.backward(); optimizer.step(); optimizer.zero_grad(); every N steps: adapters.unload(optimizer)
+
+attach() gives nn.Linear and Conv1D layers a low-rank adapter in place: the modules stay the same objects, their weights where they
+are. All of A and B is one flat fp32 parameter, adapters.parameters, its gradient another flat tensor, adapters.gradients: one
+all-reduce, one optimizer pass. It is registered on the first adapted layer, so that model.parameters(), clipping, torch.optim and
+the like see it, and the model's state_dict() carries the adapters' state beside the weights.
+"""
+
+import contextlib
+import ctypes
+import fnmatch
+import hashlib
+import os
+import tempfile
+import threading
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Union
+
+import torch
+from torch import nn
+
+from . import _abi, _handles, _torch_modules
+from ._handles import Adapter, Ledger, StepReport, UnloadReport, choice
+from ._native import Error, InvalidArgument, NotFound, Unsupported
+from ._torch_linear import Layer, adapted_forward
+
+__all__ = ["AdamW", "Adapters", "SGD", "attach", "from_pretrained"]
+
+_CHECKPOINT = "plora_checkpoint"  # in state dicts: the library's own file, as bytes
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class _DeviceMemory:
+    """A flat fp32 view of device memory for torch.as_tensor(); keeps its owner alive."""
+
+    def __init__(self, address: int, count: int, owner: Any) -> None:
+        self.owner = owner
+        self.__cuda_array_interface__ = {"shape": (count,), "typestr": "<f4", "data": (address, False), "version": 3}
+
+
+def _tensor(address: int, count: int, device: torch.device, owner: Any) -> torch.Tensor:
+    if device.type == "cuda":
+        return torch.as_tensor(_DeviceMemory(address, count, owner), device=device)
+    memory = (ctypes.c_float * count).from_address(address)
+    memory.owner = owner
+    return torch.frombuffer(memory, dtype=torch.float32)
+
+
+def _context(device: torch.device, threads: int, deterministic: bool) -> _handles.Context:
+    if device.type != "cuda":
+        return _handles.Context(threads=threads or torch.get_num_threads(), deterministic=deterministic)
+    ordinal = torch.cuda.current_device() if device.index is None else device.index
+
+    def allocate(size: int) -> Optional[int]:
+        try:
+            return torch.cuda.caching_allocator_alloc(size, ordinal)
+        except torch.OutOfMemoryError:
+            return None  # the library says OUT_OF_MEMORY
+
+    def free(address: int, _: int) -> None:
+        torch.cuda.caching_allocator_delete(address)
+
+    return _handles.Context(
+        "cuda", ordinal, deterministic=deterministic, device_allocate=allocate, device_free=free, threads=threads
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- modules
+
+
+class _Adapted:
+    """What an adapted module's class puts before the original one."""
+
+    _plora_layer: Layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return adapted_forward(self, x)
+
+    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise TypeError(
+            f"layer '{self._plora_layer.name}' has an adapter, whose memory is libplora's: it cannot be pickled or copied. Use "
+            "state_dict(), or detach() first"
+        )
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self.__reduce_ex__(None)
+
+    def extra_repr(self) -> str:
+        layer = self._plora_layer
+        return f"{super().extra_repr()}, plora rank={layer.adapters.ranks[layer.name]}"  # type: ignore[misc]
+
+    # The flat parameter is the first layer's, but neither moves with it nor is it saved as it is.
+
+    def _apply(self, function: Any, recurse: bool = True) -> Any:
+        parameter = self._parameters.pop("plora", None)  # type: ignore[attr-defined]
+        try:
+            return super()._apply(function, recurse)  # type: ignore[misc]
+        finally:
+            if parameter is not None:
+                self._parameters["plora"] = parameter  # type: ignore[attr-defined]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        if destination.pop(prefix + "plora", None) is not None:
+            destination[prefix + _CHECKPOINT] = self._plora_layer.adapters._checkpoint(None)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, missing: List[str],
+                              unexpected: List[str], errors: List[str]) -> None:  # fmt: skip
+        parameter = self._parameters.pop("plora", None)  # type: ignore[attr-defined]
+        blob = state.get(prefix + _CHECKPOINT)
+        without = {key: value for key, value in state.items() if key != prefix + _CHECKPOINT}
+        try:
+            super()._load_from_state_dict(without, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
+        finally:
+            if parameter is not None:
+                self._parameters["plora"] = parameter  # type: ignore[attr-defined]
+        if parameter is None:
+            return
+        if blob is None:
+            missing.append(prefix + _CHECKPOINT)
+            return
+        try:
+            self._plora_layer.adapters._restore(blob, None)
+        except Error as error:
+            errors.append(f"{prefix}{_CHECKPOINT}: {error}")
+
+
+_classes: Dict[type, type] = {}
+
+
+def _adapted_class(kind: type) -> type:
+    if kind not in _classes:
+        _classes[kind] = type(kind.__name__, (_Adapted, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    return _classes[kind]
+
+
+# ------------------------------------------------------------------------------------------------------------ adapters
+
+
+class Adapters:
+    """The adapters of one model, made by attach() or from_pretrained(). A context manager: detached at its end."""
+
+    def __init__(
+        self, model: nn.Module, found: List[_torch_modules.Found], core: _handles.Adapters, indices: Dict[str, int],
+        device: torch.device, dropout: float, base: str, trainable: Dict[nn.Parameter, bool],
+    ) -> None:  # fmt: skip
+        self.model, self._core, self.device, self.dropout = model, core, device, dropout
+        self.handle = core.handle
+        self.enabled, self.sharded = True, False
+        self._trainable = trainable
+        self._lock = threading.RLock()
+        self._mask_step, self._mask_steps = 0, {}  # type: int, Dict[int, int]
+        self._modules: Dict[str, nn.Module] = {}
+        self.ranks: Dict[str, int] = {}
+        owner = core._owner
+        self.parameters = nn.Parameter(_tensor(*core.arena(), device, owner))
+        self.gradients = _tensor(*core.arena(gradients=True), device, owner)
+        self.parameters.grad = self.gradients
+        self._hooks: List[Any] = []
+        for layer in found:
+            if layer.name in indices:
+                try:
+                    self.ranks[layer.name] = core.matrices(indices[layer.name]).a.rows
+                except NotFound:
+                    continue
+                self._modules[layer.name] = layer.module
+        conv = {layer.name: _torch_modules.is_conv1d(layer.module) for layer in found}
+        for name, module in self._modules.items():
+            library = base == "library" or (
+                base == "auto" and device.type == "cpu" and _library_is_faster(module.weight.dtype)
+            )
+            module.__dict__["_plora_layer"] = Layer(self, name, indices[name], module, conv[name], library)
+            module.__class__ = _adapted_class(type(module))
+        first = next(iter(self._modules.values()))
+        first._parameters["plora"] = self.parameters
+        if dropout > 0.0:
+            self._hooks.append(model.register_forward_pre_hook(self._next_mask))
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.parameters
+
+    # ------------------------------------------------------------------------------------------------ for the layers
+
+    def stream(self) -> Optional[int]:
+        return None if self.device.type == "cpu" else torch.cuda.current_stream(self.device).cuda_stream
+
+    def open_gradients(self) -> None:
+        """Before the arena is added to, or read: makes it what the parameter's .grad is."""
+        gradient = self.parameters.grad
+        if gradient is self.gradients:
+            return
+        if gradient is None:  # zero_grad(set_to_none=True)
+            self.gradients.zero_()
+        elif gradient.data_ptr() != self.gradients.data_ptr():
+            self.gradients.copy_(gradient)
+        self.parameters.grad = self.gradients
+
+    def _next_mask(self, module: nn.Module, _: Any) -> None:
+        if module.training:
+            self._mask_step += 1
+
+    def mask(self) -> Tuple[int, int]:
+        """The dropout position of a call: (step, rank).
+
+        The step counts forward passes of the model in training. A layer that gradient checkpointing runs again must get the
+        step of its first run; checkpointing puts torch's random generator back for that, so a number drawn from it tells
+        which run this is a repetition of.
+        """
+        drawn = int(torch.randint(1 << 62, ()))
+        step = self._mask_steps.setdefault(drawn, self._mask_step)
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return step, torch.distributed.get_rank() if distributed else 0
+
+    @contextlib.contextmanager
+    def at(self, mask: Tuple[int, int], tokens: int) -> Iterator[None]:
+        with self._lock:
+            self._core.set_dropout_position(mask[0], mask[1] * tokens)
+            yield
+
+    def _changed(self) -> None:
+        """Tells autograd that what a graph was built on is no more."""
+        torch.autograd.graph.increment_version(self.parameters)
+        self._mask_steps.clear()
+
+    # ---------------------------------------------------------------------------------------------------- for the host
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._modules)
+
+    def _check_attached(self) -> None:
+        if not self._modules:
+            raise Error("these adapters are detached")
+
+    @property
+    def stage(self) -> int:
+        """Unloads so far."""
+        return self._core.stage
+
+    @property
+    def layers(self) -> List[str]:
+        """The names of the adapted layers."""
+        return list(self._modules)
+
+    @property
+    def core(self) -> _handles.Adapters:
+        """The library's object, e.g. for plora.Ledger."""
+        return self._core
+
+    def layer(self, name: str) -> Adapter:
+        """A [R,K], B [N,R], their gradients and the scale of a layer, as views."""
+        self._check_attached()
+        if name not in self._modules:
+            raise NotFound(f"'{name}' has no adapter")
+        adapter = self._core.matrices(self._modules[name]._plora_layer.index)
+        base, _ = self._core.arena()
+        gradient_base, _ = self._core.arena(gradients=True)
+
+        def view(part: Any, flat: torch.Tensor, start: int) -> torch.Tensor:
+            return flat.detach().as_strided((part.rows, part.columns), (part.stride, 1), (part.data - start) // 4)
+
+        return Adapter(
+            view(adapter.a, self.parameters, base),
+            view(adapter.b, self.parameters, base),
+            view(adapter.a_gradient, self.gradients, gradient_base),
+            view(adapter.b_gradient, self.gradients, gradient_base),
+            adapter.scale,
+        )
+
+    @contextlib.contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Inside, the model computes as if it had no adapters."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def unload(
+        self, optimizer: Any = None, *, momentum: float = 1.0, moments: str = "default", rounding: str = "default",
+        report: bool = True,
+    ) -> Optional[UnloadReport]:  # fmt: skip
+        """Ends a stage: W += m s B A in place. m = 1: fresh A, B = 0, optimizer and schedule restart; m < 1: the function stays.
+
+        optimizer: ours, or one of torch.optim over adapters.parameters, whose state is reset (m = 1) or scaled (m < 1). moments:
+        "default", "reset", "keep". rounding: "default" (16-bit weights keep a residual), "nearest", "stochastic", "residual".
+        Returns what each weight could hold of it; report = False is quicker and returns None.
+        """
+        self._check_attached()
+        own = optimizer if isinstance(optimizer, _Optimizer) else getattr(optimizer, "optimizer", None)  # accelerate's wrapper
+        own = own if isinstance(own, _Optimizer) else None
+        if own is not None and own.adapters is not self:
+            raise InvalidArgument("the optimizer belongs to other adapters")
+        foreign = optimizer if own is None and optimizer is not None else None
+        scale = _foreign_scale(foreign, self.parameters, momentum, moments) if foreign is not None else None
+        with self._lock:
+            result = self._core.unload(
+                own.core if own else None, momentum=momentum, moments=moments if own else "default", rounding=rounding,
+                report=report, stream=self.stream(),
+            )  # fmt: skip
+            if scale is not None:
+                scale()
+            self.parameters.grad = self.gradients
+            torch.autograd.graph.increment_version([_torch_modules.local(m.weight) for m in self._modules.values()])
+            self._changed()
+        return result
+
+    def digest(self, weights: bool = True) -> str:
+        """A hash of the stage, of A and B, and of the weights they are merged into: equal on ranks that agree, to the bit."""
+        self._check_attached()
+        state = hashlib.blake2b(str(self.stage).encode(), digest_size=16)
+        tensors = [self.parameters.detach()]
+        if weights:
+            tensors += [_torch_modules.local(module.weight).detach() for module in self._modules.values()]
+        for tensor in tensors:
+            part = tensor.cpu() if tensor.is_contiguous() else tensor.cpu().contiguous()
+            if part.numel():
+                state.update((ctypes.c_char * (part.numel() * part.element_size())).from_address(part.data_ptr()))
+        return state.hexdigest()
+
+    def ledger(self, path: Any = None, **options: Any) -> Ledger:
+        """Records every unload from now on; see plora.Ledger."""
+        self._check_attached()
+        return Ledger(self._core, path, **options)
+
+    def memory(self) -> Dict[str, int]:
+        """Bytes that the library holds."""
+        return self._core.model.context.memory()
+
+    # ----------------------------------------------------------------------------------------------------------- files
+
+    def save_pretrained(self, directory: Union[str, "os.PathLike[str]"], **_: Any) -> None:
+        """The live adapter as PEFT saves it. What was unloaded is in the model's weights."""
+        self._check_attached()
+        self._core.save(directory)
+
+    def _checkpoint(self, optimizer: Optional["_Optimizer"]) -> torch.Tensor:
+        with tempfile.TemporaryDirectory(prefix="plora-") as folder:
+            path = os.path.join(folder, "checkpoint")
+            _handles.save_checkpoint(self._core, optimizer.core if optimizer else None, path)
+            with open(path, "rb") as file:
+                return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
+
+    def _restore(self, blob: Any, optimizer: Optional["_Optimizer"]) -> None:
+        if not isinstance(blob, torch.Tensor) or blob.dtype != torch.uint8 or blob.dim() != 1:
+            raise InvalidArgument(f"the state of the adapters is a {type(blob).__name__}: must be a vector of uint8")
+        with tempfile.TemporaryDirectory(prefix="plora-") as folder:
+            path = os.path.join(folder, "checkpoint")
+            with open(path, "wb") as file:
+                file.write(memoryview(blob.detach().cpu().contiguous().numpy()))
+            _handles.load_checkpoint(self._core, optimizer.core if optimizer else None, path)
+        self.gradients.zero_()
+        self.parameters.grad = self.gradients
+        self._changed()
+
+    def state_dict(self) -> Dict[str, Any]:
+        """A, B, stage and residuals, to the bit, as the library saves them; the weights are in the model's state_dict()."""
+        self._check_attached()
+        return {_CHECKPOINT: self._checkpoint(None), "dropout_step": self._mask_step}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Into adapters attached with the same options. An error has changed nothing."""
+        self._check_attached()
+        if _CHECKPOINT not in state:
+            raise InvalidArgument(f"no state of adapters: it has no '{_CHECKPOINT}'")
+        self._restore(state[_CHECKPOINT], None)
+        self._mask_step = int(state.get("dropout_step", 0))
+
+    def clear_residuals(self) -> None:
+        """After weights were written by something else than an unload: what was rounded off before no longer counts."""
+        self._check_attached()
+        self._core.model.clear_residuals(self.stream())
+
+    # ------------------------------------------------------------------------------------------------------------- end
+
+    def detach(self) -> None:
+        """Gives the model back as it was, its weights with all unloads. The live adapter is dropped: unload() first to keep it."""
+        for name, module in self._modules.items():
+            module._parameters.pop("plora", None)
+            module.__dict__.pop("_plora_layer", None)
+            module.__class__ = type(module).__mro__[2]
+            del name
+        for hook in self._hooks:
+            hook.remove()
+        for parameter, before in self._trainable.items():
+            parameter.requires_grad_(before)
+        self._modules, self._hooks, self._trainable = {}, [], {}
+        self.parameters.grad = None
+        self.handle = 0
+
+    def __enter__(self) -> "Adapters":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.detach()
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise TypeError("adapters cannot be pickled or copied: they own memory of libplora. Use state_dict()")
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self.__reduce_ex__(None)
+
+    def __repr__(self) -> str:
+        if not self._modules:
+            return "<plora.torch.Adapters, detached>"
+        return f"<plora.torch.Adapters on {len(self._modules)} layers, {self.parameters.numel()} parameters, stage {self.stage}>"
+
+
+def _foreign_scale(optimizer: Any, parameter: nn.Parameter, momentum: float, moments: str) -> Any:
+    """What an unload has to do to an optimizer of torch's, checked now and done afterwards."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)
+    groups = getattr(optimizer, "param_groups", None)
+    if groups is None:
+        raise InvalidArgument(f"a {type(optimizer).__name__} is no optimizer: neither plora's nor torch.optim's")
+    if not any(parameter is p for group in groups for p in group["params"]):
+        raise InvalidArgument("the optimizer does not have adapters.parameters")
+    choice("moments", moments, _handles.MOMENTS)
+    if moments == "keep" and momentum == 1.0:
+        raise InvalidArgument("moments = 'keep' is of no use with momentum = 1: the adapter they belong to is gone")
+    if moments == "reset" or (moments == "default" and momentum == 1.0):
+        return lambda: optimizer.state.pop(parameter, None)
+    powers = {"exp_avg": 0.5, "momentum_buffer": 0.5, "exp_avg_sq": 1.0, "max_exp_avg_sq": 1.0}
+    state = optimizer.state.get(parameter, {})
+    unknown = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.numel() > 1 and k not in powers]
+    if unknown:
+        raise Unsupported(f"how {type(optimizer).__name__}'s {', '.join(unknown)} should be kept is not known: use moments='reset'")
+
+    def scale() -> None:
+        for key, power in powers.items():
+            if isinstance(state.get(key), torch.Tensor):
+                state[key].mul_((1.0 - momentum) ** power)
+
+    return scale
+
+
+# -------------------------------------------------------------------------------------------------------------- attach
+
+
+def _library_is_faster(dtype: torch.dtype) -> bool:
+    """Whose x W^T is faster on the CPU: without bf16 instructions torch's bf16 product is far slower than ours, else equal."""
+    return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _attach(model: nn.Module, options: Dict[str, Any], base: str, threads: int, deterministic: Optional[bool]) -> Adapters:
+    if not isinstance(model, nn.Module):
+        raise InvalidArgument(f"a {type(model).__name__} is no torch.nn.Module")
+    if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
+        raise InvalidArgument(f"attach() comes before {type(model).__name__}: give it the model inside")
+    choice("base", base, {"auto": 0, "torch": 1, "library": 2})
+    found = list(_torch_modules.find(model))
+    if not found:
+        raise NotFound(f"the {type(model).__name__} has no linear layer")
+    for layer in found:
+        if "_plora_layer" in layer.module.__dict__:
+            raise InvalidArgument(f"layer '{layer.name}' has an adapter already: detach() the adapters it belongs to")
+    targeted = set() if "directory" in options else _targeted(found, options)  # a directory names its own
+    _torch_modules.refuse(found, targeted)
+    _torch_modules.refuse_shared(model, found, targeted)
+    usable = [layer for layer in found if not layer.problem]
+    device = _torch_modules.device_of([layer for layer in usable if layer.name in targeted] or usable)
+    usable = [layer for layer in usable if _torch_modules.local(layer.module.weight).device == device]
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    core_model = _handles.Model(_context(device, threads, deterministic))
+    indices = {}
+    for layer in usable:
+        weight, bias = layer.module.weight, layer.module.bias
+        rows = weight if weight.stride(1) == 1 else weight.t()
+        matrix = _abi.plora_matrix(
+            rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), _torch_modules.DTYPES[weight.dtype], 0
+        )
+        address, dtype = (None, 0) if bias is None else (bias.data_ptr(), _torch_modules.DTYPES[bias.dtype])
+        indices[layer.name] = core_model.add_matrix(
+            layer.name, matrix, address, dtype, layer.swapped, layer.head, (weight, bias)
+        )
+    core = _handles.Adapters(core_model, **options)
+    parameters = list(model.parameters())
+    trainable = {parameter: parameter.requires_grad for parameter in parameters}
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    return Adapters(model, found, core, indices, device, float(options.get("dropout", 0.0)), base, trainable)
+
+
+def _targeted(found: List[_torch_modules.Found], options: Dict[str, Any]) -> Set[str]:
+    """The layers that targets and exclude name, by the library's rules (lib/targets.c), which sees those without a problem only."""
+    targets = _handles.patterns(options.get("targets")) or b"all-linear"
+    exclude = _handles.patterns(options.get("exclude")) or b""
+
+    def matches(pattern: str, layer: _torch_modules.Found) -> bool:
+        if pattern == "all-linear":
+            return not layer.head
+        if any(sign in pattern for sign in "*?["):
+            return fnmatch.fnmatchcase(layer.name, pattern)
+        return layer.name == pattern or layer.name.endswith("." + pattern)
+
+    def chosen(text: bytes) -> Set[str]:
+        names = text.decode().replace(",", " ").split()
+        return {layer.name for layer in found for name in names if matches(name, layer)}
+
+    return chosen(targets) - chosen(exclude)
+
+
+def attach(
+    model: nn.Module,
+    rank: int = 8,
+    alpha: Optional[float] = None,
+    targets: _handles.Patterns = "all-linear",
+    *,
+    exclude: _handles.Patterns = None,
+    dropout: float = 0.0,
+    seed: int = 0,
+    init: str = "kaiming",
+    rslora: bool = False,
+    residual: str = "default",
+    overrides: Optional[Mapping[str, Any]] = None,
+    base: str = "auto",
+    workspace_tokens: int = 0,
+    threads: int = 0,
+    deterministic: Optional[bool] = None,
+) -> Adapters:
+    """Gives the linear layers of a model adapters, in place, and freezes all else. B = 0: the model computes what it did.
+
+    rank, alpha       y = x W^T + bias + s x A^T B^T with s = alpha / rank (rslora: alpha / sqrt(rank)); alpha: 2 * rank
+    targets, exclude  "all-linear" (all but the output head), names ("q_proj", "self_attn.q_proj"), or globs over whole names
+    dropout, seed     masks and init are functions of the seed, of the stage or step, layer and element: the same on every rank
+    init              of A: "kaiming" uniform or "gaussian"; the same again at each unload
+    residual          16 bits beside each 16-bit weight that keep what rounding would lose: "default", "none", "device", "host"
+    overrides         {pattern: rank} or {pattern: (rank, alpha)}
+    base              who computes x W^T: "torch", "library", or "auto", whichever is faster for the weights' dtype on this machine
+    workspace_tokens  tokens of one pass over the library's workspace; 0 = 1024
+    threads           0: as torch has; deterministic: None: as torch is set
+    """
+    options = {
+        "rank": rank, "alpha": 2.0 * rank if alpha is None else alpha, "targets": targets, "exclude": exclude,
+        "dropout": dropout, "seed": seed, "init": init, "rslora": rslora, "residual": residual, "overrides": overrides,
+        "workspace_tokens": workspace_tokens,
+    }  # fmt: skip
+    return _attach(model, options, base, threads, deterministic)
+
+
+def from_pretrained(
+    model: nn.Module,
+    directory: Union[str, "os.PathLike[str]"],
+    *,
+    dropout: float = 0.0,
+    seed: int = 0,
+    init: str = "kaiming",
+    residual: str = "device",
+    base: str = "auto",
+    workspace_tokens: int = 0,
+    threads: int = 0,
+    deterministic: Optional[bool] = None,
+) -> Adapters:
+    """Attaches the adapters of a PEFT directory: their ranks, scales and values, bit for bit."""
+    options = {
+        "directory": directory, "dropout": dropout, "seed": seed, "init": init, "residual": residual,
+        "workspace_tokens": workspace_tokens,
+    }  # fmt: skip
+    return _attach(model, options, base, threads, deterministic)
+
+
+# ----------------------------------------------------------------------------------------------------------- optimizers
+
+
+class _Optimizer(torch.optim.Optimizer):
+    """The library's optimizer as one of torch.optim, so that schedulers, Trainer and accelerate take it."""
+
+    def __init__(self, adapters: Adapters, lr: float, **options: Any) -> None:
+        if not isinstance(adapters, Adapters):
+            raise InvalidArgument(f"a {type(adapters).__name__} is no set of adapters: the result of attach() is")
+        adapters._check_attached()
+        self.adapters = adapters
+        self.core = _handles.Optimizer(adapters.core, lr, **options)
+        self.last_step: Optional[StepReport] = None
+        self._rate = float(lr)
+        super().__init__([adapters.parameters], {"lr": float(lr)})
+
+    @property
+    def learning_rate(self) -> float:
+        """Of A in the next step: the group's lr times the schedule's factor."""
+        self._take_rate()
+        return self.core.learning_rate
+
+    def _take_rate(self) -> None:
+        """A scheduler of the host's has written the group's lr."""
+        rate = float(self.param_groups[0]["lr"])
+        if rate != self._rate:
+            self.core.set_learning_rate(rate)
+            self._rate = rate
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, gradient_scale: float = 1.0, report: bool = False) -> Any:  # type: ignore[override]
+        """One update from the gradients times gradient_scale. NonFinite: nothing changed, not counted.
+
+        Returns what the closure does. report: last_step gets gradient norm, rate and count; on CUDA that waits for the device.
+        """
+        self.adapters._check_attached()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_rate()
+        self.adapters.open_gradients()
+        self.last_step = self.core.step(gradient_scale, report, self.adapters.stream())
+        self.adapters._changed()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Sets the gradient arena to 0; it stays the parameter's .grad."""
+        self.core.zero_gradients(self.adapters.stream())
+        self.adapters.parameters.grad = self.adapters.gradients
+
+    def reset(self) -> None:
+        """Moments, step counter and schedule, as an unload does."""
+        self.core.reset(self.adapters.stream())
+
+    def add_param_group(self, group: Dict[str, Any]) -> None:
+        if getattr(self, "param_groups", None):
+            raise Unsupported("the optimizer is of its adapters alone: give other parameters one of their own")
+        super().add_param_group(group)
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Adapters, moments, counters, stage, schedule and residuals, to the bit; and the groups as torch has them."""
+        self._take_rate()
+        state = super().state_dict()
+        state["state"] = {}
+        state[_CHECKPOINT] = self.adapters._checkpoint(self)
+        state["dropout_step"] = self.adapters._mask_step
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Into an optimizer made with the same options. Loads the adapters, too. An error has changed nothing."""
+        if _CHECKPOINT not in state:
+            raise InvalidArgument(f"no state of this optimizer: it has no '{_CHECKPOINT}'")
+        self._take_rate()
+        before = self._rate
+        saved = float(state["param_groups"][0]["lr"])
+        self.core.set_learning_rate(saved)
+        try:
+            self.adapters._restore(state[_CHECKPOINT], self)
+        except Error:
+            self.core.set_learning_rate(before)
+            raise
+        self._rate = saved
+        self.adapters._mask_step = int(state.get("dropout_step", 0))
+        super().load_state_dict({"state": {}, "param_groups": state["param_groups"]})
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise TypeError("the optimizer cannot be pickled or copied: it owns memory of libplora. Use state_dict()")
+
+    def __deepcopy__(self, _: Any) -> Any:
+        return self.__reduce_ex__(None)
+
+    def __repr__(self) -> str:
+        return f"<plora.torch.{type(self).__name__} lr={self.param_groups[0]['lr']}>"
+
+
+class AdamW(_Optimizer):
+    """AdamW (arXiv 1711.05101) over all adapters in one pass.
+
+    lr            of A at the schedule's top; B has b_ratio times that (LoRA+)
+    schedule      "constant", "linear", "cosine": over `period` steps of a stage, `warmup` of them rising, down to `final` of it;
+                  each unload that resets the optimizer restarts it. "relora": one cosine over `period` steps in all, and `rewarmup`
+                  steps after each unload
+    clip          bound of the gradients' global L2 norm; 0 = none
+    """
+
+    def __init__(
+        self, adapters: Adapters, lr: float = 2e-4, *, betas: Tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float = 0.0, schedule: str = "constant", warmup: int = 0, period: int = 1000, rewarmup: int = 0,
+        final: float = 0.0, b_ratio: float = 1.0, clip: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            adapters, lr, betas=betas, eps=eps, weight_decay=weight_decay, schedule=schedule, warmup=warmup, period=period,
+            rewarmup=rewarmup, final=final, b_ratio=b_ratio, clip=clip,
+        )  # fmt: skip
+
+
+class SGD(_Optimizer):
+    """m = momentum m + g;  p <- p (1 - lr weight_decay) - lr m. The rest as AdamW."""
+
+    def __init__(
+        self, adapters: Adapters, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, schedule: str = "constant",
+        warmup: int = 0, period: int = 1000, rewarmup: int = 0, final: float = 0.0, b_ratio: float = 1.0, clip: float = 0.0,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            adapters, lr, algorithm="sgd", betas=(momentum, 0.999), weight_decay=weight_decay, schedule=schedule,
+            warmup=warmup, period=period, rewarmup=rewarmup, final=final, b_ratio=b_ratio, clip=clip,
+        )  # fmt: skip
