@@ -22,8 +22,10 @@ header: | deps-tests
 	g++ -xc++ -std=c++17 $(STRICT)
 abi: $(BUILD)/libplora.so
 	@CC='$(CC)' $(PYTHON) tests/abi/abi.py $<
+	@CC='$(CC)' $(PYTHON) bindings/python/make_abi.py
 abi-update: $(BUILD)/libplora.so
 	@CC='$(CC)' $(PYTHON) tests/abi/abi.py $< --update
+	@CC='$(CC)' $(PYTHON) bindings/python/make_abi.py --update
 test-install: all | deps-tests
 	@CC='$(CC)' sh tests/install/check.sh $(BUILD)
 

@@ -138,6 +138,8 @@ class plora_adapters_options(Structure):
         ("rslora", c_int32),
         ("residual", c_int32),
         ("workspace_tokens", c_int64),
+        ("heads", c_int32),
+        ("kv_heads", c_int32),
     ]
     _defaults_ = {"rank": 8, "alpha": 16.0}
 
