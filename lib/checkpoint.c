@@ -21,6 +21,7 @@
 #include "hash.h"
 #include "json.h"
 #include "ledger.h"
+#include "rounding.h"
 
 /* ---------------------------------------------------------------------------------------------------------- description */
 
@@ -388,7 +389,7 @@ static plora_status read_counter(const struct plora__safetensors *file, const ch
         return PLORA_OK;
     }
     PLORA_TRY(read_unsigned(file, key, &number));
-    PLORA_CHECK(number <= INT64_MAX, PLORA_ERROR_FORMAT, "%s is %s: exceeds 63 bits", key, text);
+    PLORA_CHECK(number <= INT64_MAX / 2, PLORA_ERROR_FORMAT, "%s is %s: exceeds 62 bits", key, text);
     *value = (int64_t)number;
     return PLORA_OK;
 }
@@ -440,14 +441,80 @@ static plora_status check_tensor(const struct plora__safetensors *file, const st
                 "tensor '%.200s' at byte %llu has %zu bytes in %d dimensions, here it has %zu in %d, or another shape",
                 here->name, (unsigned long long)there->offset, there->bytes, there->dimensions, here->bytes,
                 here->dimensions);
-    if (plora__tensor_dtype(there) < 0) return PLORA_OK; /* a residual: any bits are */
+    if (plora__tensor_dtype(there) < 0) return PLORA_OK; /* a residual: check_residuals() */
     return check_values(there, strcmp(here->name, "second_moment") == 0);
 }
 
-static plora_status check_all(const struct plora__safetensors *file, const struct tensors *tensors)
+/* A row of a residual beside that of its weight: what they stand for together must be a number. */
+static plora_status check_residual_row(const struct plora__tensor *residual, int64_t row, const void *weight,
+                                       int32_t dtype)
+{
+    const uint16_t exponent = dtype == PLORA_BF16 ? 0x7f80 : 0x7c00;
+    for (int64_t i = 0; i < residual->shape[1]; ++i) {
+        const size_t at = (size_t)(row * residual->shape[1] + i) * sizeof(uint16_t);
+        uint16_t high, low;
+        memcpy(&high, (const char *)weight + (size_t)i * sizeof high, sizeof high);
+        memcpy(&low, (const char *)residual->data + at, sizeof low); /* which may be at an odd address */
+        const float value = plora__join_residual(high, low, dtype);
+        PLORA_CHECK(value - value == 0.0f && (high & exponent) != exponent && ((high & 0x7fffu) != 0 || low < 0x8000u),
+                    PLORA_ERROR_FORMAT,
+                    "tensor '%.200s': the low half at byte %llu is 0x%04x, which the weight 0x%04x cannot have",
+                    residual->name, (unsigned long long)(residual->offset + at), low, high);
+    }
+    return PLORA_OK;
+}
+
+enum { CHUNK_BYTES = 1 << 20 };
+
+/* A residual of the file, beside its weight: the file's, or where it has none the one that the handles hold. */
+static plora_status check_residual(plora_context *context, const struct plora__tensor *residual,
+                                   const struct plora__tensor *there, const plora_matrix *here)
+{
+    const size_t size = sizeof(uint16_t), row_bytes = (size_t)here->columns * size;
+    const size_t stride = there != NULL ? row_bytes : (size_t)here->stride * size;
+    const int64_t most = there != NULL ? here->rows : stride < CHUNK_BYTES ? (int64_t)(CHUNK_BYTES / stride) : 1;
+    const char *chunk = there != NULL ? there->data : NULL;
+    plora_status status = PLORA_OK;
+    void *memory = NULL;
+    if (there == NULL) PLORA_TRY(plora__allocate(context, (size_t)most * stride, &memory));
+    for (int64_t first = 0; first < here->rows && status == PLORA_OK; first += most) {
+        const int64_t rows = here->rows - first < most ? here->rows - first : most;
+        if (there == NULL) {
+            chunk = memory;
+            status = plora__read_device(context, memory, (const char *)here->data + (size_t)first * stride,
+                                        (size_t)(rows - 1) * stride + row_bytes, NULL);
+        }
+        for (int64_t row = 0; row < rows && status == PLORA_OK; ++row)
+            status = check_residual_row(residual, first + row, chunk + (size_t)row * stride, here->dtype);
+    }
+    plora__free(context, memory, (size_t)most * stride);
+    return status;
+}
+
+/* Once the tensors have their shapes. Weights and residuals are listed in the order of the adapters. */
+static plora_status check_residuals(const plora_adapters *adapters, const struct plora__safetensors *file,
+                                    const struct tensors *tensors)
+{
+    const int weights = tensors->count > tensors->arenas &&
+                        strncmp(tensors->list[tensors->arenas].name, weight_prefix, sizeof weight_prefix - 1) == 0;
+    int32_t next = tensors->arenas + (weights ? adapters->adapter_count : 0);
+    for (int32_t i = 0; i < adapters->adapter_count && next < tensors->count; ++i) {
+        const struct plora__weight *weight = weight_of(adapters, i);
+        if (weight->residual == NULL) continue;
+        const struct plora__tensor *residual = plora__safetensors_find(file, tensors->list[next++].name);
+        const struct plora__tensor *there =
+            weights ? plora__safetensors_find(file, tensors->list[tensors->arenas + i].name) : NULL;
+        PLORA_TRY(check_residual(adapters->model->context, residual, there, &weight->matrix));
+    }
+    return PLORA_OK;
+}
+
+static plora_status check_all(const plora_adapters *adapters, const struct plora__safetensors *file,
+                              const struct tensors *tensors)
 {
     for (int32_t i = 0; i < tensors->count; ++i)
         PLORA_TRY(check_tensor(file, &tensors->list[i]));
+    PLORA_TRY(check_residuals(adapters, file, tensors));
     for (int32_t i = 0; i < file->tensor_count; ++i) {
         const char *name = file->tensors[i].name;
         int32_t known = 0;
@@ -550,9 +617,9 @@ plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *op
     PLORA_TRY_OUT(read_state(&file, optimizer != NULL, &state));
     PLORA_TRY_OUT(read_position(&file, ledger, &position));
     PLORA_TRY_OUT(list_tensors(adapters, optimizer, has_weights(&file), has_residuals(&file), &tensors));
-    PLORA_TRY_OUT(check_all(&file, &tensors));
-    PLORA_TRY_OUT(check_checksum(&file));
     PLORA_TRY_OUT(context->backend->synchronize(context->device, NULL));
+    PLORA_TRY_OUT(check_all(adapters, &file, &tensors));
+    PLORA_TRY_OUT(check_checksum(&file));
     if (ledger != NULL && !has_weights(&file)) PLORA_TRY_OUT(plora__replay_prepare(ledger, position, &replay));
     if (ledger != NULL) PLORA_TRY_OUT(plora__ledger_cut(&ledger->store, position));
 
