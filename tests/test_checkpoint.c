@@ -570,14 +570,14 @@ static struct picture picture_of(struct run *run)
     CHECK_OK(plora_adapters_parameters(run->adapters, &arenas[0], &picture.count));
     CHECK_OK(plora_optimizer_state(run->optimizer, &arenas[1], &arenas[2], NULL, NULL));
     for (int i = 0; i < 3; ++i) {
-        picture.arenas[i] = malloc((size_t)picture.count * sizeof(float));
+        picture.arenas[i] = calloc((size_t)picture.count, sizeof(float));
         CHECK(picture.arenas[i] != NULL, "the test itself is out of memory");
         device_transfer(picture.arenas[i], arenas[i], (size_t)picture.count * sizeof(float));
     }
     for (int i = 0; i < LAYERS; ++i) {
         const plora_matrix *m = &run->weights[i].m;
         uint16_t *low = residual_of(run->model, i);
-        picture.weights[i] = malloc(sizeof(float) * (size_t)(m->rows * m->columns));
+        picture.weights[i] = calloc((size_t)(m->rows * m->columns), sizeof(float));
         CHECK(picture.weights[i] != NULL, "the test itself is out of memory");
         for (int64_t e = 0; e < m->rows * m->columns; ++e) {
             const int64_t at = e / m->columns * m->stride + e % m->columns;
