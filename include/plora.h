@@ -62,7 +62,8 @@ typedef int32_t plora_status;
     X(PLORA_ERROR_IO, 7, "input/output error")                                                                         \
     X(PLORA_ERROR_FORMAT, 8, "malformed file")                                                                         \
     X(PLORA_ERROR_BACKEND_UNAVAILABLE, 9, "backend unavailable")                                                       \
-    X(PLORA_ERROR_BACKEND, 10, "backend failure")
+    X(PLORA_ERROR_BACKEND, 10, "backend failure")                                                                      \
+    X(PLORA_ERROR_BUSY, 11, "in use")
 
 enum {
 #define PLORA_STATUS_ENUM(name, value, text) name = (value),
@@ -742,6 +743,196 @@ PLORA_API plora_status plora_ledger_export(plora_ledger *ledger, const char *pat
  * Written atomically; what `path` was is replaced. Errors: as the export, INVALID_ARGUMENT (range; the ledger's own file). @since 0.1 */
 PLORA_API plora_status plora_ledger_compact(plora_ledger *ledger, const char *path, int64_t first, int64_t count,
                                             const plora_export_options *options, plora_export_report *report);
+
+/* ------------------------------------------------------------------------------------------------------------ serving */
+
+/* Many adapters over one model, several of them in one batch, coming and going while requests run.
+ *
+ *     plora_registry   names -> snapshots: load, publish, replace, unload, evict
+ *     plora_snapshot   one version of an adapter: its A, B and scales, which nobody writes any more; who holds a reference keeps it
+ *     plora_batch      which token of a step belongs to which snapshot; prepared once, then used for every layer
+ *
+ * docs/serving.md has the whole of it, with the lifetimes. */
+typedef struct plora_registry plora_registry;
+typedef struct plora_snapshot plora_snapshot;
+typedef struct plora_batch plora_batch;
+
+typedef struct plora_registry_options {
+    size_t struct_size;
+    /* What all snapshots of the registry may take together in the memory that products read (the device's; on the CPU the host's),
+     * in bytes: room is made by evicting those that were acquired longest ago. 0 = no bound. */
+    size_t memory_budget;
+    /* Directory for what is evicted: files without a name, which end with the process. NULL: host memory; on the CPU, where that would
+     * free nothing, nothing is evicted then. */
+    const char *spill_directory;
+} plora_registry_options;
+
+#define PLORA_REGISTRY_OPTIONS_INIT                                                                                    \
+    {                                                                                                                  \
+        sizeof(plora_registry_options), 0, NULL                                                                        \
+    }
+
+/* Creates an empty registry for the layers that the model has; layers can no longer be added to it. options may be NULL.
+ * Threads: all calls on one registry, and on snapshots, may be made from any thread at any time, also while others compute, except where
+ * a call says otherwise. Destroying it is safe while snapshots are held: it ends with the last of them.
+ * Errors: INVALID_ARGUMENT, IO (spill_directory is not one), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_registry_create(plora_model *model, const plora_registry_options *options,
+                                             plora_registry **registry);
+PLORA_API void plora_registry_destroy(plora_registry *registry);
+
+/* Puts an adapter under a name, from a path as of plora_adapters_load(), with its checks. If the name is taken, it is replaced: snapshots
+ * that are held stay as they are, whoever acquires the name from now on gets the new one, and nobody waits. *version (may be NULL)
+ * becomes its number, which the registry gives but once, also to other names: a cache keyed by it can never be stale.
+ * On an error the name is as it was. heads of options (may be NULL) are those of plora_adapters_options, for GGUF.
+ * Errors: those of plora_adapters_load(); INVALID_ARGUMENT (a name that is empty or longer than 255 bytes); BUSY (the name is merged);
+ * OUT_OF_MEMORY, also when the budget is too small, or all of it pinned and in use. @since 0.1 */
+PLORA_API plora_status plora_registry_load(plora_registry *registry, const char *name, const char *path,
+                                           const plora_adapters_options *options, int64_t *version);
+
+/* The factors of one layer for plora_registry_add(): y += scale x A^T B^T. F32, BF16 or F16, in host memory; copied. */
+typedef struct plora_registry_layer {
+    plora_matrix a; /* [R,K] */
+    plora_matrix b; /* [N,R] */
+    double scale;
+    int32_t layer;
+    int32_t reserved; /* 0 */
+} plora_registry_layer;
+
+/* The same from matrices in host memory, at most one entry for a weight (tied layers share one).
+ * Errors: as plora_registry_load(); SHAPE, NON_FINITE (the message names layer and element). @since 0.1 */
+PLORA_API plora_status plora_registry_add(plora_registry *registry, const char *name,
+                                          const plora_registry_layer *layers, int64_t layer_count, int64_t *version);
+
+/* The same from adapters that are being trained on the registry's model, without a file: a copy of A, B and scales as they are at this
+ * point of the stream, within device memory. What training then writes is never seen, and an unload changes nothing here: what it moved
+ * into W is in W. Waits for the stream. Must not overlap with calls that write the adapters. Errors: as above. @since 0.1 */
+PLORA_API plora_status plora_registry_publish(plora_registry *registry, const char *name, plora_adapters *adapters,
+                                              int64_t *version, void *stream);
+
+enum {
+    PLORA_REGISTRY_DEFER = 1 /* the name goes at once, the memory when the last holder has released it */
+};
+
+/* Takes a name away. Errors: NOT_FOUND; BUSY: its present snapshot is held by somebody and flags has no DEFER, or it is merged; the
+ * message says how many hold it; nothing has changed. @since 0.1 */
+PLORA_API plora_status plora_registry_unload(plora_registry *registry, const char *name, uint32_t flags);
+
+/* A pinned name keeps its present and later snapshots in memory; pinned = 0 ends that. Brings an evicted one back.
+ * Errors: NOT_FOUND, OUT_OF_MEMORY, IO. @since 0.1 */
+PLORA_API plora_status plora_registry_pin(plora_registry *registry, const char *name, int32_t pinned);
+
+/* Evicts a name's snapshot now, until it is acquired again. Errors: NOT_FOUND; BUSY (held, pinned or merged); UNSUPPORTED (the CPU without
+ * spill_directory); OUT_OF_MEMORY, IO. @since 0.1 */
+PLORA_API plora_status plora_registry_evict(plora_registry *registry, const char *name);
+
+/* Gives back the memory of snapshots that have no name and no holder any more. Every call that changes the registry does this too; the
+ * release of a snapshot does not, so that a request never pays for it. @since 0.1 */
+PLORA_API plora_status plora_registry_collect(plora_registry *registry);
+
+/* The present snapshot of a name, for a request to hold to its end. Takes a short lock, which no call holds while it reads, copies or
+ * allocates; one that was evicted is first brought back, which takes as long as a copy takes.
+ * Errors: NOT_FOUND; OUT_OF_MEMORY (no room for an evicted one); IO. @since 0.1 */
+PLORA_API plora_status plora_registry_acquire(plora_registry *registry, const char *name, plora_snapshot **snapshot);
+
+/* One more reference, for a holder to pass on; and the end of one (NULL does nothing). No lock, no memory is freed. @since 0.1 */
+PLORA_API void plora_snapshot_retain(plora_snapshot *snapshot);
+PLORA_API void plora_snapshot_release(plora_snapshot *snapshot);
+
+typedef struct plora_snapshot_info {
+    size_t struct_size;
+    const char *name; /* valid as long as the snapshot is held */
+    int64_t version;
+    int64_t bytes;    /* in the memory that products read, or 0 while evicted */
+    int64_t holders;  /* references, this one included */
+    int64_t acquired; /* how many times by name so far */
+    int32_t rank;     /* the highest of its layers */
+    int32_t weights;  /* that it has factors for */
+    int32_t pinned;
+    int32_t merged;
+} plora_snapshot_info;
+
+#define PLORA_SNAPSHOT_INFO_INIT                                                                                       \
+    {                                                                                                                  \
+        sizeof(plora_snapshot_info), NULL, 0, 0, 0, 0, 0, 0, 0, 0                                                      \
+    }
+
+PLORA_API plora_status plora_snapshot_describe(const plora_snapshot *snapshot, plora_snapshot_info *info);
+
+/* Entry number `index` of the names in use, in order of strcmp(): NOT_FOUND behind the last, so that a host can count up until then.
+ * info->name becomes NULL; the name is copied to name[capacity], INVALID_ARGUMENT when it has no room. @since 0.1 */
+PLORA_API plora_status plora_registry_entry(plora_registry *registry, int64_t index, char *name, size_t capacity,
+                                            plora_snapshot_info *info);
+
+typedef struct plora_registry_statistics {
+    size_t struct_size;
+    int64_t names;
+    int64_t resident_bytes; /* in the memory that products read: what is served, and what is only held any more */
+    int64_t budget_bytes;   /* 0 = no bound */
+    int64_t evicted_bytes;  /* kept elsewhere */
+    int64_t retired;        /* snapshots without a name that are not collected yet */
+    /* Counters: */
+    int64_t acquired, missed; /* by name: found, and not */
+    int64_t added, replaced, unloaded, busy;
+    int64_t evicted, restored;
+} plora_registry_statistics;
+
+#define PLORA_REGISTRY_STATISTICS_INIT                                                                                 \
+    {                                                                                                                  \
+        sizeof(plora_registry_statistics), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0                                       \
+    }
+
+PLORA_API plora_status plora_registry_stats(plora_registry *registry, plora_registry_statistics *statistics);
+
+/* Puts a name's snapshot into the backbone, W <- round(W + s B A), for a server that has but one adapter to serve: its tokens then cost
+ * what the backbone costs. The weights as they were are kept in host memory, and _unmerge() puts those very bits back, residuals are left
+ * alone. While it lasts, slots of that snapshot in a batch add nothing, other snapshots are refused, and so is what else writes
+ * the weights (plora_unload(), plora_ledger_roll_back(), plora_checkpoint_load()). One at a time for a model. Both wait for the device and
+ * must not overlap with calls that read the weights. Everything is checked before the first write.
+ * Errors: NOT_FOUND; BUSY (a merge already; snapshots of other names are held; a batch has them); NON_FINITE (a weight would overflow its
+ * dtype, naming the layer); INVALID_ARGUMENT (_unmerge: nothing is merged); OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_registry_merge(plora_registry *registry, const char *name);
+PLORA_API plora_status plora_registry_unmerge(plora_registry *registry);
+
+typedef struct plora_batch_options {
+    size_t struct_size;
+    int64_t max_tokens;   /* of one step */
+    int32_t max_adapters; /* snapshots of one step */
+    int32_t max_rank;     /* of a snapshot */
+} plora_batch_options;
+
+#define PLORA_BATCH_OPTIONS_INIT                                                                                       \
+    {                                                                                                                  \
+        sizeof(plora_batch_options), 1024, 64, 64                                                                      \
+    }
+
+/* Creates a batch for the layers of the model, with all the memory that its calls need: about max_tokens x max_rank floats, on CUDA for
+ * each 512 inputs of a layer. One thread (stream) at a time; threads that serve at once each have a batch of their own.
+ * options may be NULL. Errors: INVALID_ARGUMENT (a value < 1 or, for the ranks, > 65536), OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_batch_create(plora_model *model, const plora_batch_options *options, plora_batch **batch);
+PLORA_API void plora_batch_destroy(plora_batch *batch);
+
+/* Says what the next step is made of: token t belongs to snapshots[slots[t]], -1 = to the backbone alone; in any order. Once a step, for
+ * all its layers. The snapshots must be held during the call; the batch then holds them itself, until the next call or its end (tokens = 0
+ * releases them). slots may be NULL when tokens is 0, snapshots when there are none. No lock, no allocation; on CUDA the tables go along
+ * in the arguments of a kernel on the stream, and nothing waits.
+ * Errors: INVALID_ARGUMENT (tokens or snapshots beyond the options', a slot that names no snapshot, a rank beyond max_rank), all with the
+ * values; BUSY (another snapshot is merged into the backbone). On an error the batch is as it was. @since 0.1 */
+PLORA_API plora_status plora_batch_begin(plora_batch *batch, int64_t tokens, const int32_t *slots,
+                                         plora_snapshot *const *snapshots, int32_t snapshot_count, void *stream);
+
+/* For each of the layers, which must have the same K (q, k and v; gate and up), with A, B and s those of each token's snapshot:
+ *
+ *     y_i[t] = x[t] W_i^T + bias_i + s x[t] A_i^T B_i^T          x[T,K], y_i[T,N_i], each F32 or BF16
+ *
+ * DELTA_ONLY: only the low-rank part, added to what y_i holds; rows without a snapshot, or whose snapshot has nothing for the layer, stay
+ * as they are. T is that of plora_batch_begin(); y[layer_count]; x and the y must not overlap one another. A weight's factors are read
+ * once, x once for all layers of the call.
+ * A row of the low-rank part has the same bits whatever else is in the batch. Precision: fp32; on CUDA, where x and y are BF16, A, B and
+ * u = x A^T enter the products rounded to bf16. No allocation, no wait; with DELTA_ONLY no lock either. The other form's plain products
+ * are those of plora_linear_forward(). May be captured in a CUDA graph, which then repeats this step's split of tokens and ranks.
+ * Errors: INVALID_ARGUMENT (layer, flags, overlap, NULL), SHAPE, UNSUPPORTED (dtype), BACKEND. @since 0.1 */
+PLORA_API plora_status plora_batch_forward(plora_batch *batch, const int32_t *layers, int32_t layer_count,
+                                           const plora_matrix *x, const plora_matrix *y, uint32_t flags, void *stream);
 
 #ifdef __cplusplus
 }

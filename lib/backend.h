@@ -131,7 +131,7 @@ struct plora__merge_sums {
     double effective_rank; /* of left right: (sum sigma^2)^2 / sum sigma^4, 0 when it is 0 */
 };
 
-/* One adapter of a batch. */
+/* One adapter of a batch, at one weight. */
 struct plora__batch_slot {
     const float *a; /* [R,K] */
     const float *b; /* [N,R] */
@@ -139,29 +139,39 @@ struct plora__batch_slot {
     float scale;
 };
 
-/* Neighbours in the list of a batch's tokens that belong to one slot. */
+/* Neighbours in the list of a batch's tokens that belong to one adapter. */
 struct plora__batch_segment {
-    int32_t slot; /* -1 = nothing to add */
+    int32_t slot; /* number of the adapter; -1 = nothing to add */
     int32_t first, count;
     int32_t tile; /* by plora__batch_cut() */
 };
 
-/* y[t] += s (x[t] A^T) B^T with the slot of each token t in a list of them; other rows of y stay as they are. What comes out for a token
- * has the same bits whatever else is in the batch. */
+/* One of the layers that see the same x. */
+struct plora__batch_target {
+    int32_t weight;       /* adapters[slot][weight] is what belongs to it */
+    int32_t max_rank;     /* of the adapters that the segments name, at this weight, at least */
+    int64_t out_features; /* N */
+    plora_matrix y;       /* [.,N], F32 or BF16 */
+};
+
+/* y[t] += s (x[t] A^T) B^T for every target, with the adapter of each token t in a list of them; other rows of y stay as they are. What
+ * comes out for a token has the same bits whatever else is in the batch. */
 struct plora__batch_args {
-    int64_t tokens;                    /* in the list */
-    int64_t in_features, out_features; /* K, N */
-    int64_t max_rank;                  /* of the slots that the segments name, at least */
+    int64_t tokens;      /* in the list */
+    int64_t in_features; /* K */
     int32_t segment_count;
-    int32_t tiles; /* what plora__batch_cut() returned */
+    int32_t tiles;        /* what plora__batch_cut() returned */
+    int32_t target_count; /* 1 .. PLORA__BATCH_TARGETS */
+    const struct plora__batch_target *targets; /* host memory */
     /* What kernels read: device memory. */
     const struct plora__batch_segment *segments; /* they cover [0, tokens) of the list, cut */
-    const struct plora__batch_slot *slots;
+    const struct plora__batch_slot *const *adapters;
     const int32_t *list; /* [tokens] rows of x and y, each at most once; NULL = 0, 1, 2 ... */
     plora_matrix x;      /* [.,K], F32 or BF16 */
-    plora_matrix y;      /* [.,N], F32 or BF16 */
     void *workspace;     /* 64-byte aligned, batch_workspace() bytes */
 };
+
+enum { PLORA__BATCH_TARGETS = 8 };
 
 /* Segments are worked on in tiles of PLORA__BATCH_TILE tokens: notes in each how many tiles there are before it, and returns how many
  * there are. To be called on the host, before the segments are copied to the device. */
@@ -264,7 +274,9 @@ struct plora_backend {
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
     plora_status (*merge)(void *device, const struct plora__merge_args *args, void *stream);
 
-    /* Only tokens, K, N, max_rank and dtypes are read; it grows with each of them. */
+    /* As copy, of little host memory that may be used again at once, and without waiting for the device. */
+    plora_status (*write)(void *device, void *destination, const void *source, size_t bytes, void *stream);
+    /* Only tokens, K and the targets' max_rank are read; it grows with each of them. */
     size_t (*batch_workspace)(void *device, const struct plora__batch_args *args);
     plora_status (*batch_forward)(void *device, const struct plora__batch_args *args, void *stream);
     plora_status (*dequantise)(void *device, const struct plora__dequantise_args *args, void *stream);

@@ -602,6 +602,7 @@ static plora_status follow_weights(plora_ledger *ledger, int64_t position)
 plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *optimizer, const char *path)
 {
     PLORA_TRY(check_handles(adapters, optimizer, path));
+    PLORA_TRY(plora__weights_check(adapters->model));
     plora_context *context = adapters->model->context;
     struct plora__safetensors file;
     struct description description;

@@ -84,6 +84,7 @@ struct plora_model {
     atomic_int adapters_made;         /* > 0: no more layers may be added */
     struct plora__model_files *files; /* NULL for a host-built model */
     char *path;                       /* as given to plora_model_open(); NULL for a host-built model */
+    plora_snapshot *_Atomic merged;   /* whose factors the weights hold, of a registry; NULL = none */
 };
 
 void plora__model_retain(plora_model *model);
@@ -133,7 +134,10 @@ struct plora_adapters {
     struct plora_ledger *ledger;                      /* which holds a reference to the adapters; NULL = none */
 };
 
-/* unload.c: what the backend is to merge for adapter `number` at momentum 1, without sums. */
+/* unload.c: what the backend is to merge into a weight with these factors, in device memory: a[rank, K], b[N, rank]. No workspace yet. */
+struct plora__merge_args plora__merge_weight(const plora_model *model, int32_t weight, const float *a, const float *b,
+                                             int64_t rank, double factor);
+/* What it is to merge for adapter `number` at momentum 1, without sums. */
 struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number);
 /* The same with factors from elsewhere, in device memory: a[rank, K], b[N, rank]. */
 struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
@@ -153,8 +157,16 @@ void plora__merge_round(const plora_adapters *adapters, int32_t number, int32_t 
                         struct plora__merge_args *args);
 plora_status plora__merge(const plora_adapters *adapters, int32_t number, struct plora__merge_args *args, void *stream);
 
+/* unload.c: NON_FINITE, naming the layer, if a value of A or B is infinite or NaN. Waits for the stream. */
+plora_status plora__adapters_check_finite(const plora_adapters *adapters, void *stream);
+/* registry_merge.c: BUSY while the weights hold an adapter of a registry. */
+plora_status plora__weights_check(const plora_model *model);
+
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);
+/* linear.c: an activation is [rows,columns], F32 or BF16; `what` and the layer's name are for the message. */
+plora_status plora__check_activation(const plora_matrix *matrix, const char *what, const char *layer, int64_t rows,
+                                     int64_t columns);
 /* linear.c: workspace bytes with which every layer's calls can run, those of the usual dtypes in passes of `tokens`. */
 size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens);
 /* Draws A of every adapter for adapters->stage, and sets B to 0. */

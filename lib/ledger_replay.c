@@ -303,6 +303,7 @@ plora_status plora_ledger_roll_back(plora_ledger *ledger, int64_t record_count, 
                 "record_count is %lld: the ledger has %lld records", (long long)record_count,
                 (long long)ledger->store.count);
     const plora_context *context = ledger->adapters->model->context;
+    PLORA_TRY(plora__weights_check(ledger->adapters->model));
     const int weights_only = (flags & PLORA_LEDGER_WEIGHTS_ONLY) != 0;
     PLORA_TRY(context->backend->synchronize(context->device, NULL));
     if (!weights_only && record_count > 0) PLORA_TRY(check_ranks(ledger, record_count - 1));

@@ -75,8 +75,8 @@ size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tok
 
 /* -------------------------------------------------------------------------------------------------------------- checks */
 
-static plora_status check_matrix(const plora_matrix *matrix, const char *what, const char *layer, int64_t rows,
-                                 int64_t columns)
+plora_status plora__check_activation(const plora_matrix *matrix, const char *what, const char *layer, int64_t rows,
+                                     int64_t columns)
 {
     PLORA_CHECK(matrix->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': %s.reserved is not 0", layer, what);
     PLORA_CHECK(matrix->dtype == PLORA_F32 || matrix->dtype == PLORA_BF16, PLORA_ERROR_UNSUPPORTED,
@@ -113,8 +113,8 @@ static plora_status check_call(const plora_adapters *adapters, int32_t layer, co
     /* A repeated graph would repeat one dropout mask. */
     PLORA_TRY(plora__check_stream(model->context, stream, (flags & PLORA_LINEAR_DROPOUT) != 0));
     const struct plora__layer *found = &model->layers[layer];
-    PLORA_TRY(check_matrix(x, "x", found->name, x->rows, found->in_features));
-    return check_matrix(y, y_name, found->name, x->rows, found->out_features);
+    PLORA_TRY(plora__check_activation(x, "x", found->name, x->rows, found->in_features));
+    return plora__check_activation(y, y_name, found->name, x->rows, found->out_features);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------- run */
@@ -189,7 +189,7 @@ plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, cons
     struct plora__linear_args args = layer_args(adapters, layer);
     if (dx != NULL) {
         const char *name = adapters->model->layers[layer].name;
-        PLORA_TRY(check_matrix(dx, "dx", name, x->rows, args.in_features));
+        PLORA_TRY(plora__check_activation(dx, "dx", name, x->rows, args.in_features));
         PLORA_CHECK(!plora__matrix_overlap(x, dx) && !plora__matrix_overlap(dy, dx), PLORA_ERROR_INVALID_ARGUMENT,
                     "layer '%s': dx at %p overlaps x at %p or dy at %p", name, dx->data, x->data, dy->data);
         args.dx = *dx;

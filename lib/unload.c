@@ -17,11 +17,11 @@ static const char *name_of(const plora_adapters *adapters, const struct plora__a
     return adapters->model->layers[adapter->layer].name;
 }
 
-struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
-                                              const float *b, int64_t rank, double factor)
+struct plora__merge_args plora__merge_weight(const plora_model *model, int32_t number, const float *a, const float *b,
+                                             int64_t rank, double factor)
 {
-    const struct plora__adapter *adapter = &adapters->adapters[number];
-    const struct plora__weight *weight = &adapters->model->weights[adapter->weight];
+    const struct plora__weight *weight = &model->weights[number];
+    const int64_t in_features = weight->fan_in_fan_out ? weight->matrix.rows : weight->matrix.columns;
     struct plora__merge_args args = {
         .weight = weight->matrix,
         .rank = rank,
@@ -31,18 +31,26 @@ struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, in
         .left_row_stride = rank,
         .left_rank_stride = 1,
         .right = a,
-        .right_rank_stride = adapter->in_features,
+        .right_rank_stride = in_features,
         .right_column_stride = 1,
-        .workspace = adapters->merge_workspace,
     };
     if (weight->fan_in_fan_out) { /* W^T += m s A^T B^T */
         args.left = a;
         args.left_row_stride = 1;
-        args.left_rank_stride = adapter->in_features;
+        args.left_rank_stride = in_features;
         args.right = b;
         args.right_rank_stride = 1;
         args.right_column_stride = rank;
     }
+    return args;
+}
+
+struct plora__merge_args plora__merge_factors(const plora_adapters *adapters, int32_t number, const float *a,
+                                              const float *b, int64_t rank, double factor)
+{
+    struct plora__merge_args args =
+        plora__merge_weight(adapters->model, adapters->adapters[number].weight, a, b, rank, factor);
+    args.workspace = adapters->merge_workspace;
     return args;
 }
 
@@ -90,7 +98,7 @@ static plora_status check_finite(const plora_adapters *adapters)
 {
     for (int32_t i = 0; i < 2 * adapters->adapter_count; ++i)
         PLORA_CHECK(isfinite(adapters->findings.magnitudes[i]), PLORA_ERROR_NON_FINITE,
-                    "layer '%s': %s holds an infinite value or NaN, nothing was merged",
+                    "layer '%s': %s holds an infinite value or NaN: nothing was done",
                     name_of(adapters, &adapters->adapters[i / 2]), i % 2 ? "B" : "A");
     return PLORA_OK;
 }
@@ -122,8 +130,7 @@ static plora_status check_overflow(const plora_adapters *adapters, const plora_u
     return PLORA_OK;
 }
 
-/* Everything that can be wrong with the values, before the first of them is written. */
-static plora_status check_values(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
+plora_status plora__adapters_check_finite(const plora_adapters *adapters, void *stream)
 {
     const plora_context *context = adapters->model->context;
     const struct plora__magnitude_args args = {
@@ -134,7 +141,13 @@ static plora_status check_values(const plora_adapters *adapters, const plora_unl
     };
     PLORA_TRY(context->backend->magnitudes(context->device, &args, stream));
     PLORA_TRY(fetch(adapters, stream));
-    PLORA_TRY(check_finite(adapters));
+    return check_finite(adapters);
+}
+
+/* Everything that can be wrong with the values, before the first of them is written. */
+static plora_status check_values(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
+{
+    PLORA_TRY(plora__adapters_check_finite(adapters, stream));
     return check_overflow(adapters, options, stream);
 }
 
@@ -244,6 +257,7 @@ plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer, 
     PLORA_CHECK(result.layer_capacity >= 0 && (result.layers != NULL || result.layer_capacity == 0),
                 PLORA_ERROR_INVALID_ARGUMENT, "layer_capacity is %lld, layers is %s", (long long)result.layer_capacity,
                 result.layers == NULL ? "NULL" : "not NULL");
+    PLORA_TRY(plora__weights_check(adapters->model));
     double norm;
     if (optimizer != NULL) PLORA_TRY(plora__optimizer_settle(optimizer, 0, &norm, stream));
     PLORA_TRY(check_values(adapters, &options, stream));

@@ -121,8 +121,34 @@ CPU_INLINE void dots_of(int tokens, int32_t dtype, char *const x[], const float 
         dots(tokens, 1, dtype, x, a + r * a_stride, a_stride, depth, is_first, low + r, low_stride);
 }
 
+/* Up to SHRINK_TOKENS rows of x by all parts. */
+CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64_t first, int64_t columns, int64_t begin,
+                            int64_t depth, const struct cpu_batch_part *parts, int32_t part_count)
+{
+    for (int32_t p = 0; p < part_count; ++p) {
+        const struct plora__batch_slot *slot = parts[p].slot;
+        const int64_t low_stride = parts[p].low_stride;
+        float *low = parts[p].low + first * low_stride;
+        if (slot->rank == 0) continue;
+#define SHRINK_CASE(n)                                                                                                 \
+    case n:                                                                                                            \
+        dots_of(n, dtype, x, slot->a + begin, columns, depth, begin == 0, slot->rank, low, low_stride);                \
+        break
+        switch (count) {
+            SHRINK_CASE(1);
+            SHRINK_CASE(2);
+#if CPU_ISA >= CPU_ISA_AVX512
+            SHRINK_CASE(3);
+            SHRINK_CASE(4);
+            SHRINK_CASE(5);
+            SHRINK_CASE(6);
+#endif
+        }
+    }
+}
+
 CPU_INLINE void shrink_as(int32_t dtype, const plora_matrix *x, const struct cpu_batch_rows *rows,
-                          const struct plora__batch_slot *slot, float *low, int64_t low_stride)
+                          const struct cpu_batch_part *parts, int32_t part_count)
 {
     const int64_t columns = x->columns, size = dtype == PLORA_F32 ? 4 : 2;
     for (int64_t begin = 0; begin < columns; begin += DEPTH) {
@@ -132,35 +158,22 @@ CPU_INLINE void shrink_as(int32_t dtype, const plora_matrix *x, const struct cpu
             const int64_t count = rows->count - i < SHRINK_TOKENS ? rows->count - i : SHRINK_TOKENS;
             for (int64_t j = 0; j < count; ++j)
                 x_rows[j] = row_of(x, rows, i + j) + begin * size;
-#define SHRINK_CASE(n)                                                                                                 \
-    case n:                                                                                                            \
-        dots_of(n, dtype, x_rows, slot->a + begin, columns, depth, begin == 0, slot->rank, low + i * low_stride,       \
-                low_stride);                                                                                           \
-        break
-            switch (count) {
-                SHRINK_CASE(1);
-                SHRINK_CASE(2);
-#if CPU_ISA >= CPU_ISA_AVX512
-                SHRINK_CASE(3);
-                SHRINK_CASE(4);
-                SHRINK_CASE(5);
-                SHRINK_CASE(6);
-#endif
-            }
+            shrink_rows(dtype, x_rows, count, i, columns, begin, depth, parts, part_count);
         }
     }
-    for (int64_t i = 0; i < rows->count; ++i)
-        for (int64_t r = 0; r < slot->rank; ++r)
-            low[i * low_stride + r] *= slot->scale;
+    for (int32_t p = 0; p < part_count; ++p)
+        for (int64_t i = 0; i < rows->count; ++i)
+            for (int64_t r = 0; r < parts[p].slot->rank; ++r)
+                parts[p].low[i * parts[p].low_stride + r] *= parts[p].slot->scale;
 }
 
-static void shrink(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
-                   float *low, int64_t low_stride)
+static void shrink(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct cpu_batch_part *parts,
+                   int32_t part_count)
 {
     if (x->dtype == PLORA_F32)
-        shrink_as(PLORA_F32, x, rows, slot, low, low_stride);
+        shrink_as(PLORA_F32, x, rows, parts, part_count);
     else
-        shrink_as(PLORA_BF16, x, rows, slot, low, low_stride);
+        shrink_as(PLORA_BF16, x, rows, parts, part_count);
 }
 
 /* ----------------------------------------------------------------------------------------------------------- expand */

@@ -11,11 +11,18 @@ struct cpu_batch_rows {
     int64_t first, count;
 };
 
+/* What x is multiplied with, and where the result goes. */
+struct cpu_batch_part {
+    const struct plora__batch_slot *slot;
+    float *low;
+    int64_t low_stride;
+};
+
 struct cpu_batch_kernels {
     int panel_columns; /* of B at a time */
-    /* low[i * low_stride + r] = scale * sum_k x[row i, k] a[r * K + k] */
-    void (*shrink)(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
-                   float *low, int64_t low_stride);
+    /* For each part: low[i * low_stride + r] = scale * sum_k x[row i, k] a[r * K + k] */
+    void (*shrink)(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct cpu_batch_part *parts,
+                   int32_t part_count);
     /* y[row i, n] += sum_r low[i * low_stride + r] b[n * R + r] for begin <= n < end; panel: R * panel_columns. */
     void (*expand)(const plora_matrix *y, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
                    const float *low, int64_t low_stride, int64_t begin, int64_t end, float *panel);

@@ -107,6 +107,7 @@ const struct plora_backend plora__cpu_backend = {
     .magnitudes = cpu_magnitudes,
     .merge_workspace = cpu_merge_workspace,
     .merge = cpu_merge,
+    .write = cpu_write,
     .batch_workspace = cpu_batch_workspace,
     .batch_forward = cpu_batch_forward,
     .dequantise = cpu_dequantise,

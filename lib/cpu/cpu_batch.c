@@ -1,9 +1,11 @@
 /* cpu_batch.c: many adapters in one batch: y[t] += s (x[t] A^T) B^T, in two passes over the segments (batch_kernels.h).
  *
- *     low[tokens, R] = s x A^T     by tiles of tokens: rows of x are read where they lie, A stays in the cache
- *     y += low B^T                 by (segment, CHUNK columns): each part of B is read and turned round once
+ *     low[tokens, R] = s x A^T     by tiles of tokens: rows of x are read where they lie, for all targets at once; A stays in the cache
+ *     y += low B^T                 by (target, segment, CHUNK columns): each part of B is read and turned round once
  *
- * Workspace: [low][a panel of B for each thread]. Nothing is shared with other calls, and no lock is taken. */
+ * Workspace: [low of each target][a panel of B for each thread]. Nothing is shared with other calls, and no lock is taken. */
+#include <string.h>
+
 #include "batch_kernels.h"
 #include "cpu_backend.h"
 #include "isa.h"
@@ -16,56 +18,104 @@ static size_t align(size_t bytes)
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
-static size_t low_bytes(const struct plora__batch_args *args)
+static size_t low_bytes(const struct plora__batch_args *args, int32_t target)
 {
-    return align((size_t)(args->tokens * args->max_rank) * sizeof(float));
+    return align((size_t)(args->tokens * args->targets[target].max_rank) * sizeof(float));
+}
+
+static int64_t most_rank(const struct plora__batch_args *args)
+{
+    int64_t most = 0;
+    for (int32_t i = 0; i < args->target_count; ++i)
+        if (args->targets[i].max_rank > most) most = args->targets[i].max_rank;
+    return most;
 }
 
 static size_t panel_bytes(const struct cpu_batch_kernels *kernels, const struct plora__batch_args *args)
 {
-    return align((size_t)(args->max_rank * kernels->panel_columns) * sizeof(float));
+    return align((size_t)(most_rank(args) * kernels->panel_columns) * sizeof(float));
 }
 
 size_t cpu_batch_workspace_with(const struct cpu_batch_kernels *kernels, int threads,
                                 const struct plora__batch_args *args)
 {
-    return low_bytes(args) + (size_t)threads * panel_bytes(kernels, args);
+    size_t bytes = (size_t)threads * panel_bytes(kernels, args);
+    for (int32_t i = 0; i < args->target_count; ++i)
+        bytes += low_bytes(args, i);
+    return bytes;
 }
 
-static void shrink_tile(const struct cpu_batch_kernels *kernels, const struct plora__batch_args *args, int32_t tile)
+/* One call: the arguments, and where each target's parts of the workspace and of the work begin. */
+struct run {
+    const struct cpu_batch_kernels *kernels;
+    const struct plora__batch_args *args;
+    float *low[PLORA__BATCH_TARGETS];
+    int64_t pieces[PLORA__BATCH_TARGETS + 1];
+    char *panels;
+    size_t panel_bytes;
+};
+
+static int64_t chunks_of(const struct plora__batch_target *target)
 {
+    return (target->out_features + CHUNK - 1) / CHUNK;
+}
+
+static void shrink_tile(const struct run *run, int32_t tile)
+{
+    const struct plora__batch_args *args = run->args;
     const struct plora__batch_segment *segment =
         &args->segments[plora__batch_find(args->segments, args->segment_count, tile)];
     const int64_t begin = (int64_t)(tile - segment->tile) * PLORA__BATCH_TILE, left = segment->count - begin;
     const struct cpu_batch_rows rows = {args->list, segment->first + begin,
                                         left < PLORA__BATCH_TILE ? left : PLORA__BATCH_TILE};
-    float *low = (float *)args->workspace + rows.first * args->max_rank;
-    kernels->shrink(&args->x, &rows, &args->slots[segment->slot], low, args->max_rank);
+    struct cpu_batch_part parts[PLORA__BATCH_TARGETS];
+    for (int32_t i = 0; i < args->target_count; ++i) {
+        const struct plora__batch_target *target = &args->targets[i];
+        parts[i] = (struct cpu_batch_part){&args->adapters[segment->slot][target->weight],
+                                           run->low[i] + rows.first * target->max_rank, target->max_rank};
+    }
+    run->kernels->shrink(&args->x, &rows, parts, args->target_count);
 }
 
-static void expand_chunk(const struct cpu_batch_kernels *kernels, const struct plora__batch_args *args,
-                         const struct plora__batch_segment *segment, int64_t begin, int thread)
+static void expand_piece(const struct run *run, int64_t piece, int thread)
 {
-    const int64_t end = args->out_features - begin < CHUNK ? args->out_features : begin + CHUNK;
+    const struct plora__batch_args *args = run->args;
+    int32_t i = 0;
+    while (piece >= run->pieces[i + 1])
+        ++i;
+    const struct plora__batch_target *target = &args->targets[i];
+    const int64_t chunks = chunks_of(target), inside = piece - run->pieces[i];
+    const struct plora__batch_segment *segment = &args->segments[inside / chunks];
+    const int64_t begin = inside % chunks * CHUNK;
+    const int64_t end = target->out_features - begin < CHUNK ? target->out_features : begin + CHUNK;
     const struct cpu_batch_rows rows = {args->list, segment->first, segment->count};
-    const float *low = (const float *)args->workspace + rows.first * args->max_rank;
-    char *panel = (char *)args->workspace + low_bytes(args) + (size_t)thread * panel_bytes(kernels, args);
-    if (segment->slot < 0 || args->slots[segment->slot].rank == 0) return;
-    kernels->expand(&args->y, &rows, &args->slots[segment->slot], low, args->max_rank, begin, end, (float *)panel);
+    if (segment->slot < 0) return;
+    const struct plora__batch_slot *slot = &args->adapters[segment->slot][target->weight];
+    if (slot->rank == 0) return;
+    char *panel = run->panels + (size_t)thread * run->panel_bytes;
+    run->kernels->expand(&target->y, &rows, slot, run->low[i] + rows.first * target->max_rank, target->max_rank, begin,
+                         end, (float *)panel);
 }
 
 void cpu_batch_forward_with(const struct cpu_batch_kernels *kernels, int threads, const struct plora__batch_args *args)
 {
-    const int64_t chunks = (args->out_features + CHUNK - 1) / CHUNK, pieces = args->segment_count * chunks;
+    struct run run = {.kernels = kernels, .args = args, .panel_bytes = panel_bytes(kernels, args)};
+    char *workspace = args->workspace;
+    for (int32_t i = 0; i < args->target_count; ++i) {
+        run.low[i] = (float *)workspace;
+        workspace += low_bytes(args, i);
+        run.pieces[i + 1] = run.pieces[i] + args->segment_count * chunks_of(&args->targets[i]);
+    }
+    run.panels = workspace;
     (void)threads; /* unused without OpenMP */
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp for schedule(dynamic)
         for (int32_t tile = 0; tile < args->tiles; ++tile)
-            shrink_tile(kernels, args, tile);
+            shrink_tile(&run, tile);
 #pragma omp for schedule(dynamic)
-        for (int64_t piece = 0; piece < pieces; ++piece)
-            expand_chunk(kernels, args, &args->segments[piece / chunks], piece % chunks * CHUNK, cpu_thread_index());
+        for (int64_t piece = 0; piece < run.pieces[args->target_count]; ++piece)
+            expand_piece(&run, piece, cpu_thread_index());
     }
 }
 
@@ -85,8 +135,18 @@ size_t cpu_batch_workspace(void *device, const struct plora__batch_args *args)
 plora_status cpu_batch_forward(void *device, const struct plora__batch_args *args, void *stream)
 {
     (void)stream;
-    const double operations =
-        2.0 * (double)args->tokens * (double)(args->in_features + args->out_features) * (double)args->max_rank;
-    cpu_batch_forward_with(cpu_batch_kernels(cpu_isa()), cpu_threads_for(device, operations), args);
+    double outputs = 0;
+    for (int32_t i = 0; i < args->target_count; ++i)
+        outputs += (double)(args->in_features + args->targets[i].out_features) * (double)args->targets[i].max_rank;
+    cpu_batch_forward_with(cpu_batch_kernels(cpu_isa()), cpu_threads_for(device, 2.0 * (double)args->tokens * outputs),
+                           args);
+    return PLORA_OK;
+}
+
+plora_status cpu_write(void *device, void *destination, const void *source, size_t bytes, void *stream)
+{
+    (void)device;
+    (void)stream;
+    if (bytes > 0) memcpy(destination, source, bytes);
     return PLORA_OK;
 }
