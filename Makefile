@@ -75,9 +75,9 @@ $(BUILD)/finetune: $(FINETUNE) $(BUILD)/libplora.a
 $(FINETUNE): EXTRA = -O3
 $(FINETUNE): | deps-examples
 
-$(BUILD)/quickstart: examples/quickstart.c $(BUILD)/libplora.so
+$(BUILD)/quickstart $(BUILD)/serve_many: $(BUILD)/%: examples/%.c $(BUILD)/libplora.so
 	@echo '  LINK  $@'
-	$(Q)$(CC) -std=c11 $(WARN) $(CFLAGS) -Iinclude -o $@ $< -L$(BUILD) -Wl,-rpath,'$$ORIGIN' -lplora -lm
+	$(Q)$(CC) -std=c11 $(WARN) $(CFLAGS) -Iinclude -o $@ $< -L$(BUILD) -Wl,-rpath,'$$ORIGIN' -lplora -lm -lpthread
 
 $(BUILD)/tests/test_%: $(BUILD)/tests/test_%.o $(SUPPORT) $(BUILD)/libplora.a
 	$(PROGRAM) -lcmocka -lcjson $(LIBS)
@@ -101,7 +101,7 @@ clean:
 help:
 	@echo 'make                       $(BUILD)/libplora.so and libplora.a'
 	@echo 'make demo                  trains SmolLM2-135M with LoRA and PLoRA and compares them'
-	@echo 'make quickstart            the smallest program that uses the library'
+	@echo 'make quickstart            the smallest program that uses the library; serve-many: many adapters in one batch, and a hot swap'
 	@echo 'make test                  every test; make asan, ubsan, tsan, valgrind: the C tests under each'
 	@echo 'make test-kill             kills runs and resumes them, KILLS=1000 times'
 	@echo 'make lint                  format, clang-tidy, include rules, forbidden calls'

@@ -25,7 +25,7 @@ static __device__ __forceinline__ struct batch_place batch_locate(const struct b
     const struct plora__batch_segment segment = p.segments[plora__batch_find(p.segments, p.segment_count, (int)tile)];
     const int begin = ((int)tile - segment.tile) * PLORA__BATCH_TILE, left = segment.count - begin;
     struct batch_place place;
-    place.slot = p.slots[segment.slot];
+    place.slot = p.adapters[segment.slot][p.weight];
     place.first = (int64_t)segment.first + begin;
     place.count = left < PLORA__BATCH_TILE ? left : PLORA__BATCH_TILE;
     place.ranks = (place.slot.rank + LINEAR_RANK_PAD - 1) / LINEAR_RANK_PAD * LINEAR_RANK_PAD;
@@ -394,4 +394,11 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
 #else
     unreachable();
 #endif
+}
+
+/* Grid: 1 block of 256 threads: words that came as arguments go to where others read them, on the stream and without a wait. */
+extern "C" __global__ void __launch_bounds__(BATCH_WRITE_THREADS) batch_write_kernel(const __grid_constant__ struct batch_write_params p)
+{
+    for (int32_t i = (int32_t)threadIdx.x; i < p.count; i += BATCH_WRITE_THREADS)
+        p.to[i] = p.words[i];
 }

@@ -118,6 +118,7 @@ plora_status cuda_merge(void *device, const struct plora__merge_args *args, void
 /* cuda_batch.c */
 size_t cuda_batch_workspace(void *device, const struct plora__batch_args *args);
 plora_status cuda_batch_forward(void *device, const struct plora__batch_args *args, void *stream);
+plora_status cuda_write(void *device, void *destination, const void *source, size_t bytes, void *stream);
 
 /* cuda_dequantise.c */
 plora_status cuda_dequantise(void *device, const struct plora__dequantise_args *args, void *stream);

@@ -318,6 +318,7 @@ const struct plora_backend plora__cuda_backend = {
     .magnitudes = cuda_magnitudes,
     .merge_workspace = cuda_merge_workspace,
     .merge = cuda_merge,
+    .write = cuda_write,
     .batch_workspace = cuda_batch_workspace,
     .batch_forward = cuda_batch_forward,
     .dequantise = cuda_dequantise,

@@ -8,6 +8,8 @@
  * token's sums do not depend on the rest of the batch. */
 #include "cuda.h"
 
+#include <string.h>
+
 #include "dtype.h"
 
 static int64_t pieces(int64_t extent, int64_t piece)
@@ -15,15 +17,19 @@ static int64_t pieces(int64_t extent, int64_t piece)
     return (extent + piece - 1) / piece;
 }
 
-static int64_t low_stride(const struct plora__batch_args *args)
+static int64_t low_stride(int64_t rank)
 {
-    return pieces(args->max_rank, LINEAR_RANK_PAD) * LINEAR_RANK_PAD;
+    return pieces(rank, LINEAR_RANK_PAD) * LINEAR_RANK_PAD;
 }
 
+/* Targets follow one another on the stream, so one workspace is enough for all. */
 size_t cuda_batch_workspace(void *device, const struct plora__batch_args *args)
 {
+    int64_t rank = 0;
     (void)device;
-    return (size_t)(pieces(args->in_features, BATCH_SPLIT) * args->tokens * low_stride(args)) * sizeof(float);
+    for (int32_t i = 0; i < args->target_count; ++i)
+        if (args->targets[i].max_rank > rank) rank = args->targets[i].max_rank;
+    return (size_t)(pieces(args->in_features, BATCH_SPLIT) * args->tokens * low_stride(rank)) * sizeof(float);
 }
 
 /* Rows of a matrix may be read `count` numbers at a time. */
@@ -42,35 +48,60 @@ static plora_status launch(struct cuda_device *device, enum cuda_kernel kernel, 
                        params, stream);
 }
 
-plora_status cuda_batch_forward(void *device, const struct plora__batch_args *args, void *stream)
+static plora_status run_target(struct cuda_device *device, const struct plora__batch_args *args,
+                               const struct plora__batch_target *target, void *stream)
 {
-    if (args->tiles == 0 || args->max_rank == 0) return PLORA_OK;
-    const struct cuda_device *cuda = device;
-    const int bf16 = cuda->capability >= 80 && args->x.dtype == PLORA_BF16 && args->y.dtype == PLORA_BF16;
+    if (target->max_rank == 0) return PLORA_OK;
+    const plora_matrix *x = &args->x, *y = &target->y;
+    const int bf16 = device->capability >= 80 && x->dtype == PLORA_BF16 && y->dtype == PLORA_BF16;
     const int64_t splits = pieces(args->in_features, BATCH_SPLIT);
-    const struct batch_params params = {.x = args->x.data,
-                                        .y = args->y.data,
+    const struct batch_params params = {.x = x->data,
+                                        .y = y->data,
                                         .segments = args->segments,
-                                        .slots = args->slots,
+                                        .adapters = args->adapters,
                                         .list = args->list,
                                         .low = args->workspace,
-                                        .x_stride = args->x.stride,
-                                        .y_stride = args->y.stride,
+                                        .x_stride = x->stride,
+                                        .y_stride = y->stride,
                                         .in_features = args->in_features,
-                                        .out_features = args->out_features,
+                                        .out_features = target->out_features,
                                         .tokens = args->tokens,
                                         .segment_count = args->segment_count,
                                         .tiles = args->tiles,
-                                        .low_stride = (int32_t)low_stride(args),
+                                        .low_stride = (int32_t)low_stride(target->max_rank),
                                         .splits = (int32_t)splits,
-                                        .x_dtype = args->x.dtype,
-                                        .y_dtype = args->y.dtype,
-                                        .x_aligned = is_aligned(&args->x, bf16 ? 8 : 4),
-                                        .y_aligned = is_aligned(&args->y, bf16 ? 8 : 4)};
+                                        .x_dtype = x->dtype,
+                                        .y_dtype = y->dtype,
+                                        .x_aligned = is_aligned(x, bf16 ? 8 : 4),
+                                        .y_aligned = is_aligned(y, bf16 ? 8 : 4),
+                                        .weight = target->weight};
     const int threads = bf16 ? LINEAR_TILE_THREADS : LINEAR_FMA_THREADS;
     const int64_t rank_tiles = pieces(params.low_stride, bf16 ? LINEAR_TILE : LINEAR_FMA_RANKS);
     PLORA_TRY(launch(device, bf16 ? CUDA_KERNEL_BATCH_SHRINK_BF16 : CUDA_KERNEL_BATCH_SHRINK_F32, args->tiles,
                      rank_tiles * splits, threads, &params, stream));
     return launch(device, bf16 ? CUDA_KERNEL_BATCH_EXPAND_BF16 : CUDA_KERNEL_BATCH_EXPAND_F32, args->tiles,
-                  pieces(args->out_features, LINEAR_TILE), threads, &params, stream);
+                  pieces(target->out_features, LINEAR_TILE), threads, &params, stream);
+}
+
+plora_status cuda_batch_forward(void *device, const struct plora__batch_args *args, void *stream)
+{
+    if (args->tiles == 0) return PLORA_OK;
+    for (int32_t i = 0; i < args->target_count; ++i)
+        PLORA_TRY(run_target(device, args, &args->targets[i], stream));
+    return PLORA_OK;
+}
+
+/* bytes is a multiple of 4. */
+plora_status cuda_write(void *device, void *destination, const void *source, size_t bytes, void *stream)
+{
+    struct batch_write_params params = {0};
+    for (size_t done = 0; done < bytes; done += sizeof params.words) {
+        const size_t length = bytes - done < sizeof params.words ? bytes - done : sizeof params.words;
+        params.to = (uint32_t *)((char *)destination + done);
+        params.count = (int32_t)(length / sizeof *params.words);
+        memcpy(params.words, (const char *)source + done, length);
+        PLORA_TRY(cuda_launch(device, CUDA_KERNEL_BATCH_WRITE, (dim3){1, 1, 1}, (dim3){BATCH_WRITE_THREADS, 1, 1}, 0,
+                              &params, stream));
+    }
+    return PLORA_OK;
 }

@@ -309,7 +309,8 @@ struct expand_params {
     X(BATCH_SHRINK_F32, batch, batch_shrink_f32_kernel)                                                                \
     X(BATCH_SHRINK_BF16, batch, batch_shrink_bf16_kernel)                                                              \
     X(BATCH_EXPAND_F32, batch, batch_expand_f32_kernel)                                                                \
-    X(BATCH_EXPAND_BF16, batch, batch_expand_bf16_kernel)
+    X(BATCH_EXPAND_BF16, batch, batch_expand_bf16_kernel)                                                              \
+    X(BATCH_WRITE, batch, batch_write_kernel)
 
 struct plora__batch_segment;
 struct plora__batch_slot;
@@ -321,7 +322,7 @@ struct batch_params {
     const void *x;
     void *y;
     const struct plora__batch_segment *segments;
-    const struct plora__batch_slot *slots;
+    const struct plora__batch_slot *const *adapters;
     const int32_t *list; /* or NULL */
     float *low;
     int64_t x_stride, y_stride, in_features, out_features, tokens;
@@ -329,6 +330,16 @@ struct batch_params {
     int32_t low_stride; /* a multiple of LINEAR_RANK_PAD, at least the rank of every slot */
     int32_t splits;     /* ceil(in_features / BATCH_SPLIT) */
     int32_t x_dtype, y_dtype, x_aligned, y_aligned;
+    int32_t weight; /* adapters[slot][weight] */
+};
+
+/* to[i] = words[i]. A kernel's arguments may take 4 KB in all. */
+enum { BATCH_WRITE_WORDS = 1000, BATCH_WRITE_THREADS = 256 };
+
+struct batch_write_params {
+    uint32_t *to;
+    int32_t count;
+    uint32_t words[BATCH_WRITE_WORDS];
 };
 
 /* ------------------------------------------------------------------------------------------- dequantise (dequantise.cu) */

@@ -160,8 +160,8 @@ struct plora__batch_args {
     int64_t tokens;      /* in the list */
     int64_t in_features; /* K */
     int32_t segment_count;
-    int32_t tiles;        /* what plora__batch_cut() returned */
-    int32_t target_count; /* 1 .. PLORA__BATCH_TARGETS */
+    int32_t tiles;                             /* what plora__batch_cut() returned */
+    int32_t target_count;                      /* 1 .. PLORA__BATCH_TARGETS */
     const struct plora__batch_target *targets; /* host memory */
     /* What kernels read: device memory. */
     const struct plora__batch_segment *segments; /* they cover [0, tokens) of the list, cut */
@@ -274,7 +274,7 @@ struct plora_backend {
     size_t (*merge_workspace)(void *device, const struct plora__merge_args *args);
     plora_status (*merge)(void *device, const struct plora__merge_args *args, void *stream);
 
-    /* As copy, of little host memory that may be used again at once, and without waiting for the device. */
+    /* As copy, of a few whole 4-byte words of host memory that may be used again at once, and without waiting for the device. */
     plora_status (*write)(void *device, void *destination, const void *source, size_t bytes, void *stream);
     /* Only tokens, K and the targets' max_rank are read; it grows with each of them. */
     size_t (*batch_workspace)(void *device, const struct plora__batch_args *args);

@@ -224,9 +224,10 @@ static plora_status make_room(plora_registry *registry, const char *name, size_t
         pthread_mutex_unlock(&registry->table);
         if (fits) return PLORA_OK;
         PLORA_CHECK(victim != NULL, PLORA_ERROR_OUT_OF_MEMORY,
-                    "adapter '%.300s' needs %zu bytes: %zu of the budget of %zu are taken by adapters that are %s", name,
-                    bytes, resident, registry->budget,
-                    can_evict(registry) ? "held or pinned" : "resident, and without spill_directory none can be evicted");
+                    "adapter '%.300s' needs %zu bytes: %zu of the budget of %zu are taken by adapters that are %s",
+                    name, bytes, resident, registry->budget,
+                    can_evict(registry) ? "held or pinned"
+                                        : "resident, and without spill_directory none can be evicted");
         PLORA_TRY(evict(registry, victim, memory));
     }
 }

@@ -60,8 +60,8 @@ plora_status plora_registry_load(plora_registry *registry, const char *name, con
 static plora_status check_factor(const plora_matrix *matrix, const char *what, const char *layer, int64_t rows,
                                  int64_t columns)
 {
-    PLORA_CHECK(plora__dtype_known(matrix->dtype), PLORA_ERROR_UNSUPPORTED, "layer '%s': %s is of dtype %d", layer, what,
-                matrix->dtype);
+    PLORA_CHECK(plora__dtype_known(matrix->dtype), PLORA_ERROR_UNSUPPORTED, "layer '%s': %s is of dtype %d", layer,
+                what, matrix->dtype);
     PLORA_CHECK(matrix->rows == rows && matrix->columns == columns && matrix->stride >= columns, PLORA_ERROR_SHAPE,
                 "layer '%s': %s is [%lld,%lld] with stride %lld: must be [%lld,%lld]", layer, what,
                 (long long)matrix->rows, (long long)matrix->columns, (long long)matrix->stride, (long long)rows,
@@ -94,7 +94,8 @@ static plora_status place_layer(const plora_model *model, const plora_registry_l
                 model->layer_count - 1);
     const struct plora__layer *layer = &model->layers[given->layer];
     const int64_t k = layer->in_features, n = layer->out_features, rank = given->a.rows;
-    PLORA_CHECK(given->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "layers[%lld].reserved is not 0", (long long)number);
+    PLORA_CHECK(given->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "layers[%lld].reserved is not 0",
+                (long long)number);
     PLORA_CHECK(rank >= 1 && rank <= (k < n ? k : n), PLORA_ERROR_INVALID_ARGUMENT,
                 "layer '%s': rank %lld: must be 1 .. min(K=%lld, N=%lld)", layer->name, (long long)rank, (long long)k,
                 (long long)n);

@@ -88,8 +88,7 @@ static plora_status make_copies(const plora_snapshot *snapshot, struct plora__we
 static plora_status put_back(const plora_model *model, const struct plora__weight_copies *copies)
 {
     for (int32_t i = 0; i < copies->count; ++i)
-        PLORA_TRY(
-            copy_rows(model->context, &model->weights[copies->list[i].weight].matrix, copies->list[i].rows, 1));
+        PLORA_TRY(copy_rows(model->context, &model->weights[copies->list[i].weight].matrix, copies->list[i].rows, 1));
     return PLORA_OK;
 }
 
@@ -99,9 +98,8 @@ static struct plora__merge_args merge_args(const plora_snapshot *snapshot, int32
 {
     const struct plora__factors *factors = &snapshot->factors[weight];
     const float *arena = plora__snapshot_arena(snapshot, snapshot->memory);
-    struct plora__merge_args args =
-        plora__merge_weight(snapshot->registry->model, weight, arena + factors->a_offset, arena + factors->b_offset,
-                            factors->rank, factors->scale);
+    struct plora__merge_args args = plora__merge_weight(snapshot->registry->model, weight, arena + factors->a_offset,
+                                                        arena + factors->b_offset, factors->rank, factors->scale);
     args.workspace = workspace;
     return args;
 }
@@ -185,7 +183,8 @@ plora_status plora_registry_merge(plora_registry *registry, const char *name)
     plora_status status = plora__registry_check_merge(registry, snapshot);
     plora_snapshot *none = NULL;
     if (status == PLORA_OK && !atomic_compare_exchange_strong(&registry->model->merged, &none, snapshot))
-        status = plora__fail(PLORA_ERROR_BUSY, "adapter '%.300s': the model's weights hold a merged adapter already", name);
+        status =
+            plora__fail(PLORA_ERROR_BUSY, "adapter '%.300s': the model's weights hold a merged adapter already", name);
     else if (status == PLORA_OK) {
         status = merge(registry, snapshot);
         if (status != PLORA_OK) atomic_store(&registry->model->merged, NULL);

@@ -51,8 +51,8 @@ plora_status plora__snapshot_create(plora_registry *registry, const struct plora
     created->parked_file = -1;
     created->parameter_count = parameter_count;
     created->weights = adapter_count;
-    const plora_status status = plora__allocate_zeroed(
-        context, (size_t)registry->model->weight_count * sizeof *created->factors, &memory);
+    const plora_status status =
+        plora__allocate_zeroed(context, (size_t)registry->model->weight_count * sizeof *created->factors, &memory);
     created->factors = memory;
     if (status != PLORA_OK) {
         plora__snapshot_free(created);

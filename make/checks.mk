@@ -11,8 +11,8 @@ PYTEST := $(if $(wildcard tests/python/test_*.py),\
 REPLAYS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 .PHONY: test test-c header abi abi-update test-install
-test: all $(TESTS) $(REPLAYS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
-	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(REPLAYS) $(EMULATED_SUITES) $(BUILD)/quickstart $(PYTEST)
+test: all $(TESTS) $(REPLAYS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/serve_many $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
+	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(REPLAYS) $(EMULATED_SUITES) $(BUILD)/quickstart $(BUILD)/serve_many $(PYTEST)
 test-c: $(TESTS) $(REPLAYS)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS) $(REPLAYS)
 

@@ -1,6 +1,6 @@
 # Virtual environments, and what runs in them: the demo and the benchmark.
 
-.PHONY: deps demo quickstart bench
+.PHONY: deps demo quickstart serve-many bench
 deps: deps-build $(if $(filter 1,$(CUDA)),deps-cuda) deps-examples deps-tests deps-python deps-lint deps-fuzz deps-valgrind
 deps-%: force
 	@CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' sh make/deps.sh $*
@@ -20,6 +20,8 @@ demo: $(BUILD)/finetune $(BUILD)/venv/ready
 
 quickstart: $(BUILD)/quickstart
 	$(BUILD)/quickstart
+serve-many: $(BUILD)/serve_many
+	$(BUILD)/serve_many
 
 BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c))
 bench: $(BUILD)/finetune $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready)

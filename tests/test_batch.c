@@ -154,23 +154,39 @@ static void batch_free(struct batch *batch)
     free(batch);
 }
 
+/* Each adapter is a list of slots of its own, of which the first is used. */
+static const struct plora__batch_slot **make_adapters(const struct batch *batch)
+{
+    const struct plora__batch_slot **adapters = allocate((size_t)batch->c.slots * sizeof *adapters);
+    for (int32_t i = 0; i < batch->c.slots; ++i)
+        adapters[i] = device_of(&batch->slots[i]);
+    device_refresh(adapters);
+    return adapters;
+}
+
+static struct plora__batch_target make_target(const struct batch *batch)
+{
+    return (struct plora__batch_target){0, batch->c.max_rank, batch->c.out_features, device_matrix(batch->y.m)};
+}
+
 /* The call, for `segments` that cover `tokens` of the list. */
 static void forward(struct batch *batch, int level, int threads, const struct plora__batch_segment *segments,
                     int32_t segment_count, int64_t tokens)
 {
     struct plora__batch_segment *cut = allocate((size_t)segment_count * sizeof *cut);
     memcpy(cut, segments, (size_t)segment_count * sizeof *cut);
+    const struct plora__batch_slot **adapters = make_adapters(batch);
+    const struct plora__batch_target target = make_target(batch);
     struct plora__batch_args args = {.tokens = tokens,
                                      .in_features = batch->c.in_features,
-                                     .out_features = batch->c.out_features,
-                                     .max_rank = batch->c.max_rank,
                                      .segment_count = segment_count,
                                      .tiles = plora__batch_cut(cut, segment_count),
+                                     .target_count = 1,
+                                     .targets = &target,
                                      .segments = device_of(cut),
-                                     .slots = device_of(batch->slots),
+                                     .adapters = device_of(adapters),
                                      .list = device_of(batch->list),
-                                     .x = device_matrix(batch->x.m),
-                                     .y = device_matrix(batch->y.m)};
+                                     .x = device_matrix(batch->x.m)};
     const size_t bytes = level == LEVEL_DEVICE ? context->backend->batch_workspace(context->device, &args)
                                                : cpu_batch_workspace_with(cpu_batch_kernels(level), threads, &args);
     unsigned char *workspace = allocate(bytes);
@@ -182,6 +198,7 @@ static void forward(struct batch *batch, int level, int threads, const struct pl
     for (size_t i = 0; i < 64; ++i)
         CHECK(workspace[bytes + i] == CHECK_POISON, "wrote %zu bytes behind the workspace: %s", i, batch->text);
     release(workspace);
+    release(adapters);
     release(cut);
 }
 
@@ -379,16 +396,17 @@ static void test_batch_graph(void **state)
     const struct batch_case c = {
         .tokens = 30, .in_features = 72, .out_features = 80, .slots = 2, .max_rank = 8, .kind = ONE_SEGMENT};
     struct batch *batch = batch_new(&c);
+    const struct plora__batch_slot **adapters = make_adapters(batch);
+    const struct plora__batch_target target = make_target(batch);
     struct plora__batch_args args = {.tokens = c.tokens,
                                      .in_features = c.in_features,
-                                     .out_features = c.out_features,
-                                     .max_rank = c.max_rank,
                                      .segment_count = batch->segment_count,
                                      .tiles = plora__batch_cut(batch->segments, batch->segment_count),
+                                     .target_count = 1,
+                                     .targets = &target,
                                      .segments = device_of(batch->segments),
-                                     .slots = device_of(batch->slots),
-                                     .x = device_matrix(batch->x.m),
-                                     .y = device_matrix(batch->y.m)};
+                                     .adapters = device_of(adapters),
+                                     .x = device_matrix(batch->x.m)};
     void *workspace = allocate(context->backend->batch_workspace(context->device, &args));
     args.workspace = device_of(workspace);
     void *stream = device_stream_create();
@@ -411,6 +429,7 @@ static void test_batch_graph(void **state)
     device_graph_destroy(graph);
     device_stream_destroy(stream);
     release(workspace);
+    release(adapters);
     free(before);
     batch_free(batch);
 }

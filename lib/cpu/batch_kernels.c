@@ -122,8 +122,8 @@ CPU_INLINE void dots_of(int tokens, int32_t dtype, char *const x[], const float 
 }
 
 /* Up to SHRINK_TOKENS rows of x by all parts. */
-CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64_t first, int64_t columns, int64_t begin,
-                            int64_t depth, const struct cpu_batch_part *parts, int32_t part_count)
+CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64_t first, int64_t columns,
+                            int64_t begin, int64_t depth, const struct cpu_batch_part *parts, int32_t part_count)
 {
     for (int32_t p = 0; p < part_count; ++p) {
         const struct plora__batch_slot *slot = parts[p].slot;
@@ -131,9 +131,7 @@ CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64
         float *low = parts[p].low + first * low_stride;
         if (slot->rank == 0) continue;
 #define SHRINK_CASE(n)                                                                                                 \
-    case n:                                                                                                            \
-        dots_of(n, dtype, x, slot->a + begin, columns, depth, begin == 0, slot->rank, low, low_stride);                \
-        break
+    case n: dots_of(n, dtype, x, slot->a + begin, columns, depth, begin == 0, slot->rank, low, low_stride); break
         switch (count) {
             SHRINK_CASE(1);
             SHRINK_CASE(2);

@@ -342,6 +342,7 @@ enum { ADAPTERS_MAX = 64 };
 
 struct batch_case {
     struct plora__batch_args all, each[ADAPTERS_MAX];
+    struct plora__batch_target target;
     int count;
 };
 
@@ -363,6 +364,7 @@ static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, i
 {
     static struct batch_case c;
     struct plora__batch_slot slots[ADAPTERS_MAX];
+    const struct plora__batch_slot *adapters[ADAPTERS_MAX];
     struct plora__batch_segment segments[2][ADAPTERS_MAX]; /* of the one call, of the many */
     const int64_t all = (int64_t)count * tokens;
     c.count = count;
@@ -372,20 +374,25 @@ static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, i
         segments[0][i] = segments[1][i] = (struct plora__batch_segment){i, i * tokens, tokens, 0};
         plora__batch_cut(&segments[1][i], 1);
     }
+    c.target =
+        (struct plora__batch_target){0, rank, side, {values(all * side, dtype, 1.0f), all, side, side, dtype, 0}};
     c.all = (struct plora__batch_args){.tokens = all,
                                        .in_features = side,
-                                       .out_features = side,
-                                       .max_rank = rank,
                                        .segment_count = count,
                                        .tiles = plora__batch_cut(segments[0], count),
-                                       .x = {values(all * side, dtype, 1.0f), all, side, side, dtype, 0},
-                                       .y = {values(all * side, dtype, 1.0f), all, side, side, dtype, 0}};
+                                       .target_count = 1,
+                                       .targets = &c.target,
+                                       .x = {values(all * side, dtype, 1.0f), all, side, side, dtype, 0}};
     struct plora__batch_segment *device_segments = device_malloc(sizeof segments);
     struct plora__batch_slot *device_slots = device_malloc(sizeof slots);
+    void *device_adapters = device_malloc(sizeof adapters);
+    for (int i = 0; i < count; ++i)
+        adapters[i] = device_slots + i;
     device_copy(device_segments, segments, sizeof segments);
     device_copy(device_slots, slots, (size_t)count * sizeof *slots);
+    device_copy(device_adapters, adapters, (size_t)count * sizeof *adapters);
     c.all.segments = device_segments;
-    c.all.slots = device_slots;
+    c.all.adapters = device_adapters;
     c.all.workspace = device_malloc(context->backend->batch_workspace(context->device, &c.all));
     for (int i = 0; i < count; ++i) { /* the list is that of the one call, of which each takes its own tokens */
         c.each[i] = c.all;
@@ -404,8 +411,9 @@ static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, i
         device_free((void *)(uintptr_t)slots[i].a);
         device_free((void *)(uintptr_t)slots[i].b);
     }
-    void *const blocks[] = {c.all.x.data, c.all.y.data, c.all.workspace, device_segments, device_slots};
-    for (int i = 0; i < 5; ++i)
+    void *const blocks[] = {c.all.x.data,    c.target.y.data, c.all.workspace,
+                            device_segments, device_slots,    device_adapters};
+    for (int i = 0; i < 6; ++i)
         device_free(blocks[i]);
 }
 

@@ -220,6 +220,7 @@ static void batch_case(int32_t dtype, int32_t rank, int32_t count)
     enum { SLOTS = 64 };
     const double size = (double)plora__dtype_size(dtype), elements = (double)SIDE * SIDE;
     struct plora__batch_slot slots[SLOTS];
+    const struct plora__batch_slot *adapters[SLOTS];
     struct plora__batch_segment segments[SLOTS];
     void *a = zeros((size_t)(rank * SIDE) * sizeof(float)), *b = zeros((size_t)(rank * SIDE) * sizeof(float));
     char text[64], kernel[64];
@@ -227,18 +228,23 @@ static void batch_case(int32_t dtype, int32_t rank, int32_t count)
         slots[i] = (struct plora__batch_slot){a, b, rank, 1.0f};
         segments[i] = (struct plora__batch_segment){i, i * (SIDE / count), SIDE / count, 0};
     }
+    const struct plora__batch_target target = {
+        0, rank, SIDE, {zeros((size_t)(size * elements)), SIDE, SIDE, SIDE, dtype, 0}};
     struct plora__batch_args args = {.tokens = SIDE,
                                      .in_features = SIDE,
-                                     .out_features = SIDE,
-                                     .max_rank = rank,
                                      .segment_count = count,
                                      .tiles = plora__batch_cut(segments, count),
-                                     .x = {zeros((size_t)(size * elements)), SIDE, SIDE, SIDE, dtype, 0},
-                                     .y = {zeros((size_t)(size * elements)), SIDE, SIDE, SIDE, dtype, 0}};
-    void *device_slots = device_malloc(sizeof slots), *device_segments = device_malloc(sizeof segments);
+                                     .target_count = 1,
+                                     .targets = &target,
+                                     .x = {zeros((size_t)(size * elements)), SIDE, SIDE, SIDE, dtype, 0}};
+    struct plora__batch_slot *device_slots = device_malloc(sizeof slots);
+    void *device_segments = device_malloc(sizeof segments), *device_adapters = device_malloc(sizeof adapters);
+    for (int32_t i = 0; i < count; ++i)
+        adapters[i] = device_slots + i;
     device_copy(device_slots, slots, (size_t)count * sizeof *slots);
+    device_copy(device_adapters, adapters, (size_t)count * sizeof *adapters);
     device_copy(device_segments, segments, (size_t)count * sizeof *segments);
-    args.slots = device_slots;
+    args.adapters = device_adapters;
     args.segments = device_segments;
     args.workspace = device_malloc(context->backend->batch_workspace(context->device, &args));
     start();
@@ -252,8 +258,9 @@ static void batch_case(int32_t dtype, int32_t rank, int32_t count)
         figure(kernel, text, elements, (expand ? 2.0 : 1.0) * size + 4.0 * rank * count / SIDE,
                dtype == PLORA_F32 ? operations : 0.0, dtype == PLORA_F32 ? 0.0 : operations / 2.0);
     }
-    void *const blocks[] = {a, b, args.x.data, args.y.data, device_slots, device_segments, args.workspace};
-    for (int i = 0; i < 7; ++i)
+    void *const blocks[] = {
+        a, b, args.x.data, target.y.data, device_slots, device_adapters, device_segments, args.workspace};
+    for (int i = 0; i < 8; ++i)
         device_free(blocks[i]);
 }
 

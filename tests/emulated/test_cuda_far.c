@@ -212,23 +212,26 @@ static void batches(void **state)
     const struct plora__batch_slot slots[2] = {{a, b, RANK, 0.5f}, {a, b, RANK - 1, 2.0f}};
     struct plora__batch_segment segments[2] = {{0, 0, 1, 0}, {1, 1, 1, 0}};
     const int32_t tiles = plora__batch_cut(segments, 2);
-    void *device_slots = device_malloc(sizeof slots), *device_segments = device_malloc(sizeof segments);
+    struct plora__batch_slot *device_slots = device_malloc(sizeof slots);
+    const struct plora__batch_slot *const adapters[2] = {device_slots, device_slots + 1};
+    void *device_adapters = device_malloc(sizeof adapters), *device_segments = device_malloc(sizeof segments);
     device_copy(device_slots, slots, sizeof slots);
+    device_copy(device_adapters, adapters, sizeof adapters);
     device_copy(device_segments, segments, sizeof segments);
     for (int32_t dtype = PLORA_F32; dtype <= PLORA_BF16; ++dtype) {
         const plora_matrix x[2] = {far_matrix(&far_x, dtype), near_matrix(dtype)};
         const plora_matrix y[2] = {far_matrix(&far_y, dtype), near_matrix(dtype)};
         for (int i = 0; i < 2; ++i) {
+            const struct plora__batch_target target = {0, RANK, COLUMNS, y[i]};
             struct plora__batch_args args = {.tokens = ROWS,
                                              .in_features = COLUMNS,
-                                             .out_features = COLUMNS,
-                                             .max_rank = RANK,
                                              .segment_count = 2,
                                              .tiles = tiles,
+                                             .target_count = 1,
+                                             .targets = &target,
                                              .segments = device_segments,
-                                             .slots = device_slots,
-                                             .x = x[i],
-                                             .y = y[i]};
+                                             .adapters = device_adapters,
+                                             .x = x[i]};
             fill(&x[i], 11);
             fill(&y[i], 12);
             args.workspace = device_malloc(context->backend->batch_workspace(context->device, &args));
@@ -240,7 +243,7 @@ static void batches(void **state)
         device_free(x[1].data);
         device_free(y[1].data);
     }
-    void *const blocks[] = {a, b, device_slots, device_segments};
+    void *const blocks[] = {a, b, device_slots, device_adapters, device_segments};
     for (int i = 0; i < CHECK_COUNT(blocks); ++i)
         device_free(blocks[i]);
     far_free(&far_x);
