@@ -233,7 +233,7 @@ static void test_registry_add_errors(void **state)
         CHECK_FAILS(plora_registry_add(s->registry, "bad", bad, 2, NULL), status, __VA_ARGS__);                        \
     } while (0)
     REFUSED(bad[1].layer = 2, PLORA_ERROR_INVALID_ARGUMENT, "layers[1]", "layer 2");
-    REFUSED(bad[1].layer = 0, PLORA_ERROR_SHAPE, "m.q_proj", "[52,2]", "[40,2]");
+    REFUSED(bad[0].layer = 1, PLORA_ERROR_SHAPE, "m.up_proj", "[40,2]", "[52,2]");
     REFUSED(bad[1] = bad[0], PLORA_ERROR_INVALID_ARGUMENT, "same weight", "layers[0]");
     REFUSED(bad[0].a.columns--, PLORA_ERROR_SHAPE, "m.q_proj", "a is [2,35]");
     REFUSED(bad[0].a.rows = 0, PLORA_ERROR_INVALID_ARGUMENT, "rank 0");
