@@ -35,11 +35,11 @@ struct call {
 
 static void add_layers(struct setup *s)
 {
-    s->bias = malloc(256 * sizeof *s->bias);
+    s->bias = malloc(1024 * sizeof *s->bias);
     CHECK(s->bias != NULL, "the test itself is out of memory");
-    for (int i = 0; i < 256; ++i)
+    for (int i = 0; i < 1024; ++i)
         s->bias[i] = (float)check_uniform();
-    device_twin(s->bias, 256 * sizeof *s->bias);
+    device_twin(s->bias, 1024 * sizeof *s->bias);
     for (int32_t i = 0; i < s->layer_count; ++i) {
         char name[16];
         snprintf(name, sizeof name, "l%d", i);

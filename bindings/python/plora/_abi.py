@@ -14,6 +14,7 @@ PLORA_ERROR_IO = 7
 PLORA_ERROR_FORMAT = 8
 PLORA_ERROR_BACKEND_UNAVAILABLE = 9
 PLORA_ERROR_BACKEND = 10
+PLORA_ERROR_BUSY = 11
 PLORA_F32 = 0
 PLORA_BF16 = 1
 PLORA_F16 = 2
@@ -50,6 +51,7 @@ PLORA_CHECKPOINT_WEIGHTS = 1
 PLORA_LEDGER_WEIGHTS_ONLY = 1
 PLORA_EXPORT_PEFT = 0
 PLORA_EXPORT_GGUF = 1
+PLORA_REGISTRY_DEFER = 1
 PLORA_VERSION_MAJOR = 0
 PLORA_VERSION_MINOR = 1
 PLORA_VERSION_PATCH = 0
@@ -301,6 +303,71 @@ class plora_export_report(Structure):
     _defaults_ = {}
 
 
+class plora_registry_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("memory_budget", c_size_t),
+        ("spill_directory", c_char_p),
+    ]
+    _defaults_ = {}
+
+
+class plora_registry_layer(Structure):
+    _fields_ = [
+        ("a", plora_matrix),
+        ("b", plora_matrix),
+        ("scale", c_double),
+        ("layer", c_int32),
+        ("reserved", c_int32),
+    ]
+
+
+class plora_snapshot_info(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", c_char_p),
+        ("version", c_int64),
+        ("bytes", c_int64),
+        ("holders", c_int64),
+        ("acquired", c_int64),
+        ("rank", c_int32),
+        ("weights", c_int32),
+        ("pinned", c_int32),
+        ("merged", c_int32),
+    ]
+    _defaults_ = {}
+
+
+class plora_registry_statistics(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("names", c_int64),
+        ("resident_bytes", c_int64),
+        ("budget_bytes", c_int64),
+        ("evicted_bytes", c_int64),
+        ("retired", c_int64),
+        ("acquired", c_int64),
+        ("missed", c_int64),
+        ("added", c_int64),
+        ("replaced", c_int64),
+        ("unloaded", c_int64),
+        ("busy", c_int64),
+        ("evicted", c_int64),
+        ("restored", c_int64),
+    ]
+    _defaults_ = {}
+
+
+class plora_batch_options(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("max_tokens", c_int64),
+        ("max_adapters", c_int32),
+        ("max_rank", c_int32),
+    ]
+    _defaults_ = {"max_tokens": 1024, "max_adapters": 64, "max_rank": 64}
+
+
 # name: (result, arguments)
 FUNCTIONS = {
     "plora_status_string": (c_char_p, [c_int32]),
@@ -374,5 +441,29 @@ FUNCTIONS = {
     "plora_ledger_compact": (
         c_int32,
         [c_void_p, c_char_p, c_int64, c_int64, POINTER(plora_export_options), POINTER(plora_export_report)],
+    ),
+    "plora_registry_create": (c_int32, [c_void_p, POINTER(plora_registry_options), POINTER(c_void_p)]),
+    "plora_registry_destroy": (None, [c_void_p]),
+    "plora_registry_load": (c_int32, [c_void_p, c_char_p, c_char_p, POINTER(plora_adapters_options), POINTER(c_int64)]),
+    "plora_registry_add": (c_int32, [c_void_p, c_char_p, POINTER(plora_registry_layer), c_int64, POINTER(c_int64)]),
+    "plora_registry_publish": (c_int32, [c_void_p, c_char_p, c_void_p, POINTER(c_int64), c_void_p]),
+    "plora_registry_unload": (c_int32, [c_void_p, c_char_p, c_uint32]),
+    "plora_registry_pin": (c_int32, [c_void_p, c_char_p, c_int32]),
+    "plora_registry_evict": (c_int32, [c_void_p, c_char_p]),
+    "plora_registry_collect": (c_int32, [c_void_p]),
+    "plora_registry_acquire": (c_int32, [c_void_p, c_char_p, POINTER(c_void_p)]),
+    "plora_snapshot_retain": (None, [c_void_p]),
+    "plora_snapshot_release": (None, [c_void_p]),
+    "plora_snapshot_describe": (c_int32, [c_void_p, POINTER(plora_snapshot_info)]),
+    "plora_registry_entry": (c_int32, [c_void_p, c_int64, c_char_p, c_size_t, POINTER(plora_snapshot_info)]),
+    "plora_registry_stats": (c_int32, [c_void_p, POINTER(plora_registry_statistics)]),
+    "plora_registry_merge": (c_int32, [c_void_p, c_char_p]),
+    "plora_registry_unmerge": (c_int32, [c_void_p]),
+    "plora_batch_create": (c_int32, [c_void_p, POINTER(plora_batch_options), POINTER(c_void_p)]),
+    "plora_batch_destroy": (None, [c_void_p]),
+    "plora_batch_begin": (c_int32, [c_void_p, c_int64, POINTER(c_int32), POINTER(c_void_p), c_int32, c_void_p]),
+    "plora_batch_forward": (
+        c_int32,
+        [c_void_p, POINTER(c_int32), c_int32, POINTER(plora_matrix), POINTER(plora_matrix), c_uint32, c_void_p],
     ),
 }
