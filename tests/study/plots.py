@@ -32,7 +32,9 @@ def curve(row, column):
 
 def style(settings):
     dashed = settings["method"] == "restarts"
-    return {"color": COLOURS[settings["method"]], "linestyle": "--" if dashed else "-", "linewidth": 1.8}
+    dotted = settings["kind"] == "smollm" and settings["rank"] > 1
+    line = "--" if dashed else ":" if dotted else "-"
+    return {"color": COLOURS[settings["method"]], "linestyle": line, "linewidth": 1.8}
 
 
 def claim1(report, plt):
@@ -43,10 +45,10 @@ def claim1(report, plt):
     for row in rows:
         label = f"{name_of(row.settings)} ({len(row.records)} seed{'s' if len(row.records) > 1 else ''})"
         steps, exact = curve(row, 3)
-        left.plot(steps, [100 * value for value in exact], "o-", markersize=4, label=label, **style(row.settings))
-        right.plot(*curve(row, 2), "o-", markersize=4, **style(row.settings))
+        left.plot(steps, [100 * value for value in exact], marker="o", markersize=4, label=label, **style(row.settings))
+        right.plot(*curve(row, 2), marker="o", markersize=4, **style(row.settings))
     left.set(xlabel="optimizer step", ylabel="exact match, % of held-out sums", title="Accuracy over the stages", ylim=(-2, 102))
-    right.set(xlabel="optimizer step", ylabel="test loss, nats per digit", title="Loss", yscale="log")
+    right.set(xlabel="optimizer step", ylabel="test loss, nats per digit", title="Loss", ylim=(0, None))
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncol=2)
     return figure, "Exact match and loss on sums over many unloads"
 
@@ -60,7 +62,7 @@ def claim2(report, plt):
         return None
     columns = min(3, len(contexts))
     lines = -(-len(contexts) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(max(6.5, 4.6 * columns), 4.2 * lines), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(lines, columns, figsize=(max(6.5, 4.6 * columns), 5.0 * lines), squeeze=False, layout="constrained")
     for place, axis in enumerate(axes.flat):
         if place >= len(contexts):
             axis.axis("off")
@@ -68,11 +70,11 @@ def claim2(report, plt):
         title, rows = contexts[place]
         for row in rows:
             seeds = f", {len(row.records)} seeds" if len(row.records) > 1 else ""
-            axis.plot(*curve(row, 2), "o-", markersize=3.5, label=f"{name_of(row.settings)}, rate {rate(row.lr)}{seeds}",
+            axis.plot(*curve(row, 2), marker="o", markersize=3.5, label=f"{name_of(row.settings)}, rate {rate(row.lr)}{seeds}",
                       **style(row.settings))  # fmt: skip
         real = rows[0].settings["kind"] == "smollm"
         axis.set(xlabel="optimizer step", ylabel=f"test loss, nats per {'answer token' if real else 'character'}", title=title)
-        axis.legend(fontsize=7.5)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.45, -0.14))
     return figure, "Test loss of each method at its best rate so far, mean of its seeds"
 
 
@@ -88,7 +90,7 @@ def claim3(report, plt):
             points = sorted((row.settings["period"], row.mean("test_loss")) for row in rows if row.settings["method"] == "plora")
             lora = [row.mean("test_loss") for row in rows if row.settings["method"] == "lora"]
             if points:
-                axis.plot(*zip(*points), "o-", color=colour, label=f"PLoRA, rate {rate(lr)}")
+                axis.plot(*zip(*points), marker="o", color=colour, label=f"PLoRA, rate {rate(lr)}")
             if lora:
                 axis.axhline(lora[0], color=colour, linestyle="--", linewidth=1, label=f"LoRA, rate {rate(lr)}")
         axis.set(xscale="log", xlabel="period, steps per stage", ylabel="test loss, nats per character",
@@ -147,7 +149,7 @@ def claim6(report, plt):
     axis.axvline(1.0, color="#222222", linestyle="--", linewidth=1)
     names = [f"{name_of(row.settings)}: {row.settings['rounding']}" for row in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8.5)
-    axis.set(xlabel="captured fraction: <W after - W before, wanted> / <wanted, wanted>", title="bf16 weights, 2,000 steps")
+    axis.set(xlabel="captured fraction of the wanted update (1 = all)", title="bf16 weights, 2,000 steps")
     return figure, "How much of the wanted update bf16 weights hold at the end"
 
 

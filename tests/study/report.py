@@ -102,7 +102,7 @@ class Report:
                 continue
             mean = statistics.mean(values)
             verdict = "more than" if min(values) > 1.02 else "less than" if max(values) < 0.98 else "about as much as"
-            ready = not row.partial() and not lora.partial()
+            ready = not row.unfinished() and not lora.unfinished()
             words.append(f"{label} learnt {verdict} LoRA of the same rank ({mean:.2f} times its loss decrease on the test text"
                          f"{'' if len(values) > 1 else ', one seed'}{'' if ready else ', grid or seeds unfinished'}).")  # fmt: skip
         return " ".join(words) + ("\n\n" if words else "")
@@ -114,7 +114,7 @@ class Report:
         for rank in (1, 4):
             rows = self.find("claim3", rank=rank)
             loras = [row for row in rows if row.settings["method"] == "lora"]
-            rates = [row.item["lr"][0] for row in loras]
+            rates = sorted(row.item["lr"][0] for row in loras)
             lora = min((row for row in loras if row), key=lambda row: row.mean("tune_loss"), default=None)
             lines, cells = [], []
             for method, period in [("lora", 0)] + [("plora", p) for p in (50, 100, 200, 400, 1000)]:

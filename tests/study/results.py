@@ -50,6 +50,9 @@ class Row:
         values = [record["update"][name] for record in self.records if record["update"] and record["update"][name] is not None]
         return statistics.mean(values) if values else None
 
+    def unfinished(self):
+        return bool(self.missing_rates) or len(self.records) < len(self.item["seeds"])
+
     def partial(self):
         seeds = len(self.item["seeds"])
         notes = []
@@ -58,7 +61,9 @@ class Row:
         if len(self.records) < seeds:
             notes.append(f"{len(self.records)} of {seeds} seeds")
         if self.diverged:
-            notes.append(f"diverged at {', '.join(rate(r['settings']['lr']) for r in self.diverged)}")
+            notes.append(f"diverged at rate {', '.join(rate(r['settings']['lr']) for r in self.diverged)}")
+        if self and not self.missing_rates and len(self.item["lr"]) > 1 and self.lr in (min(self.item["lr"]), max(self.item["lr"])):
+            notes.append("best rate at the edge of its grid")
         return "; ".join(notes)
 
 
