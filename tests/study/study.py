@@ -19,10 +19,6 @@ import time
 import traceback
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
-
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "docs" / "study" / "runs.jsonl"
 PR_SET_PDEATHSIG = 1
@@ -157,6 +153,8 @@ def short(settings):
 
 
 def main():
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "TRANSFORMERS_OFFLINE"):  # before torch is imported
+        os.environ.setdefault(name, "1")
     import plan
     import report
 
