@@ -29,6 +29,10 @@ probe() {
             ;;
         cuda) need g++ has g++ ;; # nvcc's host compiler
         examples) need libcjson-dev header cjson/cJSON.h ;;
+        serve)
+            need libmicrohttpd-dev header microhttpd.h
+            need libutf8proc-dev header utf8proc.h
+            ;;
         tests)
             need libcmocka-dev header cmocka.h
             need g++ has g++

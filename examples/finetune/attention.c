@@ -4,6 +4,7 @@
 #include <math.h>
 #include <omp.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "plora.h"
 #include "products.h"
@@ -121,12 +122,9 @@ static int products_make(struct attention *a, int64_t blocks, struct product **m
     return 0;
 }
 
-/* Makes the products and the scratch memory for the longest of the sequences. */
-static int reserve(struct attention *a, int64_t sequences, const int64_t *starts)
+/* Makes the products and the scratch memory for sequences of up to `longest` tokens. */
+static int reserve(struct attention *a, int64_t longest)
 {
-    int64_t longest = 1;
-    for (int64_t i = 0; i < sequences; i++)
-        if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
     const int64_t blocks = (longest + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK, had = a->capacity;
     if (blocks <= had) return 0;
     struct product *(*larger)[PRODUCTS] = realloc(a->products, (size_t)blocks * sizeof *larger);
@@ -141,6 +139,14 @@ static int reserve(struct attention *a, int64_t sequences, const int64_t *starts
     return scratch_make(a, blocks);
 }
 
+static int64_t longest_of(int64_t sequences, const int64_t *starts)
+{
+    int64_t longest = 1;
+    for (int64_t i = 0; i < sequences; i++)
+        if (starts[i + 1] - starts[i] > longest) longest = starts[i + 1] - starts[i];
+    return longest;
+}
+
 static const void *at(const struct attention *a, const void *base, int64_t element)
 {
     return (const char *)base + (size_t)element * element_size(a->dtype);
@@ -151,30 +157,29 @@ static void *out(const struct attention *a, void *base, int64_t element)
     return (char *)base + (size_t)element * element_size(a->dtype);
 }
 
-/* One head of one sequence that begins at token `start`. */
-static int head_forward(struct attention *a, int thread, int64_t start, int64_t length, int64_t head, const void *q,
-                        const void *k, const void *v, void *o, float *lse)
+/* One head of new tokens that follow `past` others. lse may be NULL. */
+static int head_forward(struct attention *a, int thread, const struct attention_piece *piece, int64_t head, float *lse)
 {
     struct scratch *s = &a->scratch[thread];
-    const int64_t size = a->size, wide = a->heads * size, narrow = a->kv_heads * size;
-    const int64_t kv = start * narrow + head / (a->heads / a->kv_heads) * size;
+    const int64_t size = a->size, wide = a->heads * size, kv = head / (a->heads / a->kv_heads) * size;
     int failed = 0;
-    for (int64_t first = 0; first < length; first += ATTENTION_BLOCK) {
-        const int64_t blocks = first / ATTENTION_BLOCK + 1, keys = blocks * ATTENTION_BLOCK;
-        const int64_t rows = length - first < ATTENTION_BLOCK ? length - first : ATTENTION_BLOCK;
-        const int64_t origin = (start + first) * wide + head * size;
+    for (int64_t first = 0; first < piece->rows; first += ATTENTION_BLOCK) {
+        const int64_t rows = piece->rows - first < ATTENTION_BLOCK ? piece->rows - first : ATTENTION_BLOCK;
+        const int64_t blocks = (piece->past + first + rows + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK;
+        const int64_t keys = blocks * ATTENTION_BLOCK, origin = first * wide + head * size;
         float inverse[ATTENTION_BLOCK];
-        failed |= product_run(a->products[blocks - 1][SCORES], thread, at(a, q, origin), at(a, k, kv), s->s);
+        failed |=
+            product_run(a->products[blocks - 1][SCORES], thread, at(a, piece->q, origin), at(a, piece->k, kv), s->s);
         for (int64_t i = 0; i < rows; i++) {
             float top;
-            const float sum =
-                a->rows->softmax(first + i + 1, keys, a->scale, s->s + i * keys, out(a, s->p, i * keys), &top);
+            const float sum = a->rows->softmax(piece->past + first + i + 1, keys, a->scale, s->s + i * keys,
+                                               out(a, s->p, i * keys), &top);
             inverse[i] = 1.0f / sum;
-            lse[(start + first + i) * a->heads + head] = top + logf(sum);
+            if (lse) lse[(first + i) * a->heads + head] = top + logf(sum);
         }
-        failed |= product_run(a->products[blocks - 1][VALUES], thread, s->p, at(a, v, kv), s->block);
+        failed |= product_run(a->products[blocks - 1][VALUES], thread, s->p, at(a, piece->v, kv), s->block);
         for (int64_t i = 0; i < rows; i++)
-            a->rows->scale_out(size, s->block + i * size, inverse[i], out(a, o, origin + i * wide));
+            a->rows->scale_out(size, s->block + i * size, inverse[i], out(a, piece->o, origin + i * wide));
     }
     return failed;
 }
@@ -182,15 +187,59 @@ static int head_forward(struct attention *a, int thread, int64_t start, int64_t 
 int attention_forward(struct attention *a, int64_t sequences, const int64_t *starts, const void *q, const void *k,
                       const void *v, void *o, float *lse)
 {
-    TRY(reserve(a, sequences, starts));
+    TRY(reserve(a, longest_of(sequences, starts)));
     const int64_t group = a->heads / a->kv_heads, tasks = sequences * a->kv_heads;
+    const int64_t wide = a->heads * a->size, narrow = a->kv_heads * a->size;
     int failed = 0;
 #pragma omp parallel for schedule(dynamic) num_threads(a->threads) reduction(| : failed)
     for (int64_t task = 0; task < tasks; task++) {
-        const int64_t i = task / a->kv_heads, kv_head = task % a->kv_heads;
+        const int64_t i = task / a->kv_heads, kv_head = task % a->kv_heads, start = starts[i];
+        const struct attention_piece piece = {.rows = starts[i + 1] - start,
+                                              .q = at(a, q, start * wide),
+                                              .k = at(a, k, start * narrow),
+                                              .v = at(a, v, start * narrow),
+                                              .o = out(a, o, start * wide)};
         for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
-            failed |=
-                head_forward(a, omp_get_thread_num(), starts[i], starts[i + 1] - starts[i], head, q, k, v, o, lse);
+            failed |= head_forward(a, omp_get_thread_num(), &piece, head, lse + start * a->heads);
+    }
+    return failed ? fault("oneDNN failed in the attention's forward") : 0;
+}
+
+/* One head of a single new token: a product with blocks of 64 queries would waste 63 of them. */
+static void head_single(struct attention *a, int thread, const struct attention_piece *piece, int64_t head)
+{
+    struct scratch *s = &a->scratch[thread];
+    const int64_t size = a->size, narrow = a->kv_heads * size, kv = head / (a->heads / a->kv_heads) * size;
+    const int64_t keys = piece->past + 1, padded = (keys + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK * ATTENTION_BLOCK;
+    const void *q = at(a, piece->q, head * size);
+    float top;
+    for (int64_t i = 0; i < keys; i++)
+        s->s[i] = a->rows->dot(size, q, at(a, piece->k, i * narrow + kv));
+    /* the weights in fp32, whatever the element type: s->dp is free in a forward */
+    const float sum = row_kernels_for(PLORA_F32)->softmax(keys, padded, a->scale, s->s, s->dp, &top);
+    memset(s->block, 0, (size_t)size * sizeof *s->block);
+    for (int64_t i = 0; i < keys; i++)
+        a->rows->add_scaled(size, at(a, piece->v, i * narrow + kv), s->dp[i], s->block);
+    a->rows->scale_out(size, s->block, 1.0f / sum, out(a, piece->o, head * size));
+}
+
+int attention_extend(struct attention *a, int64_t count, const struct attention_piece *pieces)
+{
+    int64_t longest = 1;
+    for (int64_t i = 0; i < count; i++)
+        if (pieces[i].past + pieces[i].rows > longest) longest = pieces[i].past + pieces[i].rows;
+    TRY(reserve(a, longest));
+    const int64_t group = a->heads / a->kv_heads, tasks = count * a->kv_heads;
+    int failed = 0;
+#pragma omp parallel for schedule(dynamic) num_threads(a->threads) reduction(| : failed)
+    for (int64_t task = 0; task < tasks; task++) {
+        const struct attention_piece *piece = &pieces[task / a->kv_heads];
+        const int64_t kv_head = task % a->kv_heads;
+        for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+            if (piece->rows == 1)
+                head_single(a, omp_get_thread_num(), piece, head);
+            else
+                failed |= head_forward(a, omp_get_thread_num(), piece, head, NULL);
     }
     return failed ? fault("oneDNN failed in the attention's forward") : 0;
 }
@@ -239,7 +288,7 @@ int attention_backward(struct attention *a, int64_t sequences, const int64_t *st
                        const void *v, const void *o, const float *lse, const void *d_o, const float *cosine,
                        const float *sine, void *dq, void *dk, void *dv)
 {
-    TRY(reserve(a, sequences, starts));
+    TRY(reserve(a, longest_of(sequences, starts)));
     const struct backward g = {q, k, v, o, d_o, lse, cosine, sine, dq, dk, dv};
     const int64_t group = a->heads / a->kv_heads, tasks = sequences * a->kv_heads, size = a->size;
     int failed = 0;

@@ -23,6 +23,17 @@ void attention_destroy(struct attention *attention);
 /* starts[0 .. sequences]: first token of each sequence, then T. */
 int attention_forward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q,
                       const void *k, const void *v, void *o, float *lse);
+
+/* New tokens of one sequence, and the keys and values of all its tokens, old and new: memory for a multiple of 64 of them. */
+struct attention_piece {
+    int64_t rows, past; /* new tokens, and those before them */
+    const void *q;      /* [rows, heads D] */
+    const void *k, *v;  /* [past + rows, kv_heads D] */
+    void *o;            /* [rows, heads D] */
+};
+/* The forward of pieces of several sequences, nothing kept. */
+int attention_extend(struct attention *attention, int64_t count, const struct attention_piece *pieces);
+
 /* cosine, sine[position, D / 2] turn dq and dk back, to before the rotary embedding. */
 int attention_backward(struct attention *attention, int64_t sequences, const int64_t *starts, const void *q,
                        const void *k, const void *v, const void *o, const float *lse, const void *d_o,

@@ -13,7 +13,7 @@
 #include <time.h>
 #include <unistd.h>
 
-static char last_failure[1024];
+static _Thread_local char last_failure[1024];
 
 int fault(const char *format, ...)
 {

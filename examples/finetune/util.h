@@ -1,5 +1,5 @@
-/* util.h: errors, time, memory, small files. A function that can fail returns 0 or -1; fault() has then kept the message that
- * main() prints. TRY passes a failure on, LIBRARY turns one of the library's into one of ours. */
+/* util.h: errors, time, memory, small files. A function that can fail returns 0 or -1; fault() has then kept the message for
+ * failure(), a message for each thread. TRY passes a failure on, LIBRARY turns one of the library's into one of ours. */
 #ifndef FINETUNE_UTIL_H
 #define FINETUNE_UTIL_H
 
