@@ -23,6 +23,12 @@ struct model {
     size_t memory_bytes;
 };
 
+/* Products meet few shapes, each of which costs oneDNN a compilation: rows beyond 16 are rounded up. Those added are token 0. */
+static int64_t padded(int64_t rows)
+{
+    return rows <= 16 ? rows : (rows + 15) / 16 * 16;
+}
+
 const struct llama_config *model_configuration(const struct model *model)
 {
     return llama_configuration(model->llama);
@@ -68,7 +74,7 @@ static int open_all(plora_context *context, const struct model_options *options,
         return fault("a context of %lld tokens exceeds the model's %lld", (long long)options->context, (long long)most);
     m->slots = options->slots;
     m->positions = (options->context + ATTENTION_BLOCK - 1) / ATTENTION_BLOCK * ATTENTION_BLOCK;
-    m->capacity = options->batch_tokens;
+    m->capacity = padded(options->batch_tokens);
     return allocate(m);
 }
 
@@ -101,12 +107,6 @@ void model_close(struct model *m)
 }
 
 /* ----------------------------------------------------------------------------------------------------------------- step */
-
-/* Products meet few shapes, each of which costs oneDNN a compilation: rows beyond 16 are rounded up. Those added are token 0. */
-static int64_t padded(int64_t rows)
-{
-    return rows <= 16 ? rows : (rows + 15) / 16 * 16;
-}
 
 static void *row(const struct model *m, const void *base, int64_t index, int64_t width)
 {
