@@ -23,6 +23,7 @@
 enum {
     HEADER_BYTES = 32 << 10,
     STACK_BYTES = 1 << 20,
+    SEND_BYTES = 64 << 10,     /* on their way to a client: who does not read is soon seen not to */
     MOST_DISCARDED = 64 << 20, /* of a body that is too large: so far it is read, that the client may see the reply */
 };
 
@@ -220,6 +221,7 @@ static void on_connection(void *user, struct MHD_Connection *connection, void **
         if (!visit) return;
         visit->socket = info ? (int)info->connect_fd : -1;
         visit->since = now();
+        setsockopt(visit->socket, SOL_SOCKET, SO_SNDBUF, &(int){SEND_BYTES}, sizeof(int));
         pthread_mutex_lock(&http->lock);
         visit->after = http->visits;
         if (visit->after) visit->after->before = visit;
