@@ -68,6 +68,8 @@ static const struct option OPTIONS[] = {
      "greedy answers to the first N held-out prompts, before and after"},
     {"max-new-tokens", INTEGER, AT(max_new_tokens), 1, 1e6, NULL, 0, "of an answer"},
     {"eos", INTEGER, AT(eos), -1, 2147483647, NULL, 0, "ID of the token that ends an answer; -1 = config.json's"},
+    {"save-adapter", FLAG, AT(save_adapter), 0, 0, NULL, 0,
+     "write all that was learnt as a PEFT directory, OUTPUT/adapter, for the model as it was; plora: needs --ledger"},
     {"no-save-model", FLAG, AT(no_save_model), 0, 0, NULL, 0, "do not write the merged model"},
     {"bench", INTEGER, AT(bench), 1, 1e6, NULL, 0, "STEPS: time training steps on random tokens, print JSON"},
     {"bench-tokens", INTEGER, AT(bench_tokens), 1, 1e6, NULL, 0, "length of the benchmark's sequences"},
@@ -165,6 +167,8 @@ static int check(const struct options *options)
     if (options->batch % options->accumulate != 0)
         return fault("--batch %lld is no multiple of --accumulate %lld", (long long)options->batch,
                      (long long)options->accumulate);
+    if (options->save_adapter && options->method == METHOD_PLORA && !options->ledger)
+        return fault("--save-adapter of --method plora needs --ledger");
     if (options->sample > 0 && !options->heldout) return fault("--sample needs --heldout");
     return 0;
 }

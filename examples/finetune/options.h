@@ -14,7 +14,7 @@ struct options {
     int64_t eval_every, heldout_examples, checkpoint_every, stop_after, sample, max_new_tokens, eos;
     int64_t bench, bench_tokens;
     double alpha, lr, final_ratio, momentum, dropout, weight_decay, clip, lora_plus;
-    int64_t rslora, deterministic, resume, no_save_model, frozen, profile, help;
+    int64_t rslora, deterministic, resume, no_save_model, save_adapter, frozen, profile, help;
 };
 
 /* 0, or -1 with the reason in failure(). */

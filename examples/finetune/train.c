@@ -443,6 +443,18 @@ static int copy_companions(struct run *run, const char *directory)
     return 0;
 }
 
+/* All that was learnt as an ordinary adapter for the model as it was: the live adapter, with a ledger its stages as well. */
+static int export_adapter(struct run *run)
+{
+    if (!run->options->save_adapter) return 0;
+    char *directory = path_join(run->options->output, "adapter");
+    if (!directory) return fault("out of memory: path in %s", run->options->output);
+    const plora_status status = run->ledger ? plora_ledger_export(run->ledger, directory, NULL, NULL)
+                                            : plora_adapters_save(run->adapters, directory);
+    free(directory);
+    return status == PLORA_OK ? 0 : fault("%s", plora_last_error());
+}
+
 /* Merges what is left of the adapter and writes the model as a directory of its own. */
 static int export_model(struct run *run)
 {
@@ -512,6 +524,7 @@ static int run_all(struct run *run)
     free(indices);
     if (trained != 0) return trained;
     TRY(sample(run, "after"));
+    TRY(export_adapter(run));
     TRY(export_model(run));
     return write_result(run);
 }

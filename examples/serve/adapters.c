@@ -1,9 +1,9 @@
-/* adapters.c: see adapters.h. */
+/* adapters.c: see adapters.h. Who may load what: a path is followed through all its links first, and must then lie within the root, as must
+ * the files in it. (Who can write into the root can still change a link between the look and the opening: do not let strangers.) */
 #include "adapters.h"
 
 #include <dirent.h>
 #include <errno.h>
-#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -11,20 +11,14 @@
 
 #include "util.h"
 
-struct adapter {
-    char name[68];
-    int64_t version, users; /* users: the list, and everybody who has pinned it */
-    plora_adapters *handle;
-    struct adapter *next;
-};
-
 struct adapters {
-    plora_model *model;
     char *root; /* no links in it; NULL = none */
-    pthread_mutex_t lock, model_lock;
-    struct adapter *list;
-    int64_t versions;
-    plora_adapters *none; /* of B = 0 */
+    plora_registry *registry;
+    plora_batch *batches[STEP_PARTS];
+    int32_t max_rank;
+    int32_t *slots;             /* [rows]: scratch of adapters_begin() */
+    plora_snapshot **snapshots; /* [slots] */
+    int64_t max_snapshots;
 };
 
 int adapters_name_valid(const char *name)
@@ -34,73 +28,85 @@ int adapters_name_valid(const char *name)
     return length >= 1 && length <= 64 && name[0] != '.' && strspn(name, allowed) == length;
 }
 
-int adapters_create(plora_model *model, const char *root, struct adapters **out)
+/* The highest rank that an adapter of the model can need. */
+static int highest_rank(const plora_model *model, int32_t *rank)
+{
+    *rank = 1;
+    for (int32_t i = 0; i < plora_model_layer_count(model); i++) {
+        plora_linear linear = PLORA_LINEAR_INIT;
+        LIBRARY(plora_model_layer(model, i, &linear));
+        const int64_t least = linear.weight.rows < linear.weight.columns ? linear.weight.rows : linear.weight.columns;
+        if (least > *rank) *rank = (int32_t)(least < 65536 ? least : 65536);
+    }
+    return 0;
+}
+
+static int make(plora_model *model, const struct adapters_options *wanted, struct adapters *a)
+{
+    if (wanted->root && !(a->root = realpath(wanted->root, NULL)))
+        return fault("--adapters %s: %s", wanted->root, strerror(errno));
+    plora_registry_options options = PLORA_REGISTRY_OPTIONS_INIT;
+    options.memory_budget = (size_t)wanted->memory;
+    options.spill_directory = wanted->spill;
+    LIBRARY(plora_registry_create(model, &options, &a->registry));
+    TRY(highest_rank(model, &a->max_rank));
+    for (int i = 0; i < STEP_PARTS; i++) {
+        plora_batch_options batch = PLORA_BATCH_OPTIONS_INIT;
+        batch.max_tokens = i == STEP_LAYERS ? wanted->rows : wanted->slots;
+        batch.max_adapters = (int32_t)wanted->slots;
+        batch.max_rank = a->max_rank;
+        LIBRARY(plora_batch_create(model, &batch, &a->batches[i]));
+    }
+    a->max_snapshots = wanted->slots;
+    TRY(memory_allocate((size_t)wanted->rows, sizeof *a->slots, "slots", &a->slots));
+    return memory_allocate((size_t)wanted->slots, sizeof *a->snapshots, "snapshots", &a->snapshots);
+}
+
+int adapters_create(plora_model *model, const struct adapters_options *options, struct adapters **out)
 {
     struct adapters *a;
     *out = NULL;
     TRY(memory_allocate(1, sizeof *a, "adapters", &a));
-    a->model = model;
-    pthread_mutex_init(&a->lock, NULL);
-    pthread_mutex_init(&a->model_lock, NULL);
+    if (make(model, options, a) != 0) {
+        adapters_destroy(a);
+        return -1;
+    }
     *out = a;
-    if (root && !(a->root = realpath(root, NULL))) return fault("--adapters %s: %s", root, strerror(errno));
-    plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
-    options.rank = 1;
-    options.targets = "model.layers.0.self_attn.q_proj";
-    options.residual = PLORA_RESIDUAL_NONE;
-    LIBRARY(plora_adapters_create(model, &options, &a->none));
     return 0;
-}
-
-static void release(struct adapter *adapter)
-{
-    if (--adapter->users > 0) return;
-    plora_adapters_destroy(adapter->handle);
-    free(adapter);
 }
 
 void adapters_destroy(struct adapters *a)
 {
     if (!a) return;
-    while (a->list) {
-        struct adapter *first = a->list;
-        a->list = first->next;
-        release(first);
-    }
-    plora_adapters_destroy(a->none);
+    for (int i = 0; i < STEP_PARTS; i++)
+        plora_batch_destroy(a->batches[i]);
+    plora_registry_destroy(a->registry);
+    free(a->slots);
+    free(a->snapshots);
     free(a->root);
     free(a);
 }
 
-struct adapter *adapters_pin(struct adapters *a, const char *name)
+/* The library's message, and whose fault its status is. */
+static unsigned blame(plora_status status)
 {
-    pthread_mutex_lock(&a->lock);
-    struct adapter *found = a->list;
-    while (found && strcmp(found->name, name) != 0)
-        found = found->next;
-    if (found) found->users++;
-    pthread_mutex_unlock(&a->lock);
-    return found;
+    fault("%s", plora_last_error());
+    return status == PLORA_ERROR_NOT_FOUND       ? 404
+           : status == PLORA_ERROR_BUSY          ? 409
+           : status == PLORA_ERROR_OUT_OF_MEMORY ? 503
+           : status == PLORA_ERROR_BACKEND       ? 500
+                                                 : 400;
 }
 
-void adapters_unpin(struct adapters *a, struct adapter *adapter)
+unsigned adapters_acquire(struct adapters *a, const char *name, plora_snapshot **snapshot)
 {
-    pthread_mutex_lock(&a->lock);
-    release(adapter);
-    pthread_mutex_unlock(&a->lock);
-}
-
-/* Takes the name out of the list. */
-static int drop(struct adapters *a, const char *name)
-{
-    for (struct adapter **at = &a->list; *at; at = &(*at)->next) {
-        struct adapter *found = *at;
-        if (strcmp(found->name, name) != 0) continue;
-        *at = found->next;
-        release(found);
-        return 1;
-    }
-    return 0;
+    plora_snapshot_info info = PLORA_SNAPSHOT_INFO_INIT;
+    const plora_status status = plora_registry_acquire(a->registry, name, snapshot);
+    if (status != PLORA_OK) return blame(status);
+    if (plora_snapshot_describe(*snapshot, &info) == PLORA_OK && info.rank <= a->max_rank) return 0;
+    plora_snapshot_release(*snapshot);
+    fault("'%s' has a rank of %d, which exceeds the model's %d", name, info.rank, a->max_rank);
+    return 400;
 }
 
 /* Whether the path, with all links followed, is within the root; *real is then that path, fresh. */
@@ -142,45 +148,26 @@ static unsigned resolve(const struct adapters *a, const char *path, char **direc
 unsigned adapters_load(struct adapters *a, const char *name, const char *path, int64_t *version)
 {
     char *directory;
-    struct adapter *made;
     if (!a->root) {
         fault("the server was started without --adapters: none can be loaded");
         return 400;
     }
     const unsigned status = resolve(a, path, &directory);
     if (status) return status;
-    if (memory_allocate(1, sizeof *made, "an adapter", &made) != 0) {
-        free(directory);
-        return 500;
-    }
-    pthread_mutex_lock(&a->model_lock);
-    const plora_status loaded = plora_adapters_load(a->model, directory, NULL, &made->handle);
-    pthread_mutex_unlock(&a->model_lock);
+    const plora_status loaded = plora_registry_load(a->registry, name, directory, NULL, version);
     free(directory);
-    if (loaded != PLORA_OK) {
-        fault("%s", plora_last_error());
-        free(made);
-        return loaded == PLORA_ERROR_OUT_OF_MEMORY ? 500 : 400;
-    }
-    snprintf(made->name, sizeof made->name, "%s", name);
-    made->users = 1;
-    pthread_mutex_lock(&a->lock);
-    *version = made->version = ++a->versions;
-    drop(a, name);
-    made->next = a->list;
-    a->list = made;
-    pthread_mutex_unlock(&a->lock);
-    return 0;
+    if (loaded == PLORA_OK) return 0;
+    const unsigned fault_of = blame(loaded);
+    return fault_of == 404 ? 400 : fault_of; /* a layer that the model does not have */
 }
 
 unsigned adapters_unload(struct adapters *a, const char *name)
 {
-    pthread_mutex_lock(&a->lock);
-    const int found = drop(a, name);
-    pthread_mutex_unlock(&a->lock);
-    if (found) return 0;
-    fault("there is no adapter '%.80s'", name);
-    return 404;
+    const plora_status status = plora_registry_unload(a->registry, name, PLORA_REGISTRY_DEFER);
+    if (status == PLORA_OK) return 0;
+    const unsigned fault_of = blame(status);
+    if (fault_of == 404) fault("there is no adapter '%.80s'", name);
+    return fault_of;
 }
 
 int adapters_load_all(struct adapters *a)
@@ -205,44 +192,44 @@ int adapters_load_all(struct adapters *a)
 
 int64_t adapters_count(struct adapters *a)
 {
-    int64_t count = 0;
-    pthread_mutex_lock(&a->lock);
-    for (const struct adapter *adapter = a->list; adapter; adapter = adapter->next)
-        count++;
-    pthread_mutex_unlock(&a->lock);
-    return count;
+    plora_registry_statistics statistics = PLORA_REGISTRY_STATISTICS_INIT;
+    return plora_registry_stats(a->registry, &statistics) == PLORA_OK ? statistics.names : 0;
 }
 
 void adapters_list(struct adapters *a, const char *base, struct buffer *out)
 {
-    pthread_mutex_lock(&a->lock);
-    for (const struct adapter *adapter = a->list; adapter; adapter = adapter->next) {
-        buffer_print(
-            out,
-            ", {\"id\": \"%s\", \"object\": \"model\", \"owned_by\": \"libplora\", \"version\": %lld, \"parent\": ",
-            adapter->name, (long long)adapter->version);
+    plora_snapshot_info info = PLORA_SNAPSHOT_INFO_INIT;
+    char name[68];
+    for (int64_t i = 0; plora_registry_entry(a->registry, i, name, sizeof name, &info) == PLORA_OK; i++) {
+        buffer_print(out,
+                     ", {\"id\": \"%s\", \"object\": \"model\", \"owned_by\": \"libplora\", \"version\": %lld, "
+                     "\"rank\": %d, \"parent\": ",
+                     name, (long long)info.version, info.rank);
         buffer_json(out, base, strlen(base));
         buffer_add(out, "}", 1);
     }
-    pthread_mutex_unlock(&a->lock);
 }
 
-int adapters_forward(struct adapters *a, int32_t layer, const plora_matrix *x, const plora_matrix *y,
-                     struct adapter *const *of_row)
+/* ----------------------------------------------------------------------------------------------------------------- steps */
+
+int adapters_begin(struct adapters *a, enum step_part part, int64_t rows, plora_snapshot *const *of_row)
 {
-    pthread_mutex_lock(&a->model_lock);
-    plora_status status = plora_linear_forward(a->none, layer, x, y, 0, NULL);
-    for (int64_t first = 0, next; first < x->rows && status == PLORA_OK; first = next) {
-        for (next = first + 1; next < x->rows && of_row[next] == of_row[first];)
-            next++;
-        if (!of_row[first]) continue;
-        const size_t size = x->dtype == PLORA_F32 ? 4 : 2, y_size = y->dtype == PLORA_F32 ? 4 : 2;
-        plora_matrix in = *x, out = *y;
-        in.data = (char *)x->data + (size_t)(first * x->stride) * size;
-        out.data = (char *)y->data + (size_t)(first * y->stride) * y_size;
-        in.rows = out.rows = next - first;
-        status = plora_linear_forward(of_row[first]->handle, layer, &in, &out, PLORA_LINEAR_DELTA_ONLY, NULL);
+    int32_t count = 0;
+    for (int64_t i = 0; i < rows; i++) {
+        int32_t slot = of_row[i] ? 0 : -1;
+        while (slot >= 0 && slot < count && a->snapshots[slot] != of_row[i])
+            slot++;
+        if (slot == count && count == a->max_snapshots) return fault("more than %d adapters in a step", count);
+        if (slot == count) a->snapshots[count++] = of_row[i];
+        a->slots[i] = slot;
     }
-    pthread_mutex_unlock(&a->model_lock);
-    return status == PLORA_OK ? 0 : fault("%s", plora_last_error());
+    LIBRARY(plora_batch_begin(a->batches[part], rows, a->slots, a->snapshots, count, NULL));
+    return 0;
+}
+
+int adapters_forward(struct adapters *a, enum step_part part, const int32_t *layers, int32_t count,
+                     const plora_matrix *x, const plora_matrix *y)
+{
+    LIBRARY(plora_batch_forward(a->batches[part], layers, count, x, y, 0, NULL));
+    return 0;
 }

@@ -17,7 +17,7 @@ void completion_free(struct completion *c)
         free(c->jobs[i].prompt.ids);
         text_free(&c->jobs[i].text);
     }
-    if (c->adapter) adapters_unpin(c->server->adapters, c->adapter);
+    plora_snapshot_release(c->adapter);
     pthread_mutex_destroy(&c->owner.lock);
     pthread_cond_destroy(&c->owner.changed);
     atomic_fetch_sub(&c->server->active, 1);

@@ -18,7 +18,7 @@ struct progress { /* of one job, as far as the client has been told */
 struct completion {
     struct server *server;
     struct owner owner;
-    struct adapter *adapter;
+    plora_snapshot *adapter;
     char *model; /* as it was asked for */
     char id[48];
     int64_t created;

@@ -196,8 +196,12 @@ static int read_model(struct request *r, struct completion *c)
     const char *name = NULL;
     if (request_text(r, "model", &name) != 0) return -1;
     if (!name) return request_wrong(r, 400, "model", "model is missing: '%s' or the name of an adapter", server->name);
-    if (strcmp(name, server->name) != 0 && !(c->adapter = adapters_pin(server->adapters, name)))
-        return request_wrong(r, 404, "model", "there is no model '%.80s': GET /v1/models lists them", name);
+    if (strcmp(name, server->name) != 0) {
+        const unsigned status = adapters_acquire(server->adapters, name, &c->adapter);
+        if (status == 404)
+            return request_wrong(r, 404, "model", "there is no model '%.80s': GET /v1/models lists them", name);
+        if (status) return request_wrong(r, status, "model", "%s", failure());
+    }
     c->model = strdup(name);
     return c->model ? 0 : request_wrong(r, 500, NULL, "out of memory");
 }

@@ -28,7 +28,7 @@ struct job {
     int64_t most; /* new tokens */
     struct sampling sampling;
     int ignore_eos;
-    struct adapter *adapter; /* pinned; NULL = the model alone */
+    plora_snapshot *adapter; /* held by the owner; NULL = the model alone */
     struct owner *owner;
 
     atomic_int cancelled; /* set by the owner; the scheduler sees it soon */

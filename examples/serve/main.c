@@ -45,7 +45,12 @@ static int open_model(struct server *s)
     TRY(model_open(s->context, &wanted, &s->model));
     TRY(tokenizer_open(s->options.model, model_configuration(s->model)->vocabulary, &s->tokenizer));
     TRY(chat_open(s->options.model, s));
-    TRY(adapters_create(model_layers(s->model), s->options.adapters, &s->adapters));
+    const struct adapters_options adapters = {.root = s->options.adapters,
+                                              .memory = s->options.adapter_memory << 20,
+                                              .spill = s->options.spill,
+                                              .rows = model_rows(s->model),
+                                              .slots = s->options.slots};
+    TRY(adapters_create(model_layers(s->model), &adapters, &s->adapters));
     model_use_adapters(s->model, s->adapters);
     return adapters_load_all(s->adapters);
 }

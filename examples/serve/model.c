@@ -15,8 +15,8 @@ struct model {
     size_t cache_bytes;
     struct attention_piece *attention; /* [slots] */
     int32_t *ids, *positions_of;       /* [capacity], of the rows of a batch */
-    struct adapter **adapters;         /* [capacity]: of each row */
-    struct adapter **head_adapters;    /* [slots] */
+    plora_snapshot **adapters;         /* [capacity]: of each row */
+    plora_snapshot **head_adapters;    /* [slots] */
     void *head_x;                      /* [slots, hidden] */
     float *logits;                     /* [slots, vocabulary] */
     void *memory;
@@ -37,6 +37,11 @@ const struct llama_config *model_configuration(const struct model *model)
 plora_model *model_layers(struct model *model)
 {
     return llama_model(model->llama);
+}
+
+int64_t model_rows(const struct model *model)
+{
+    return model->capacity;
 }
 
 void model_use_adapters(struct model *model, struct adapters *adapters)
@@ -143,12 +148,12 @@ static int attend(struct model *m, int64_t layer, int64_t count, const struct pi
 /* The products of linear layers that share their input x. */
 static int project(struct model *m, int64_t layer, int first, int count, int64_t rows, void *x, void *const *y)
 {
-    for (int i = 0; i < count; i++) {
-        const plora_matrix in = llama_matrix(m->llama, x, rows, llama_inputs(&m->llama->config, first + i));
-        const plora_matrix out = llama_matrix(m->llama, y[i], rows, llama_outputs(&m->llama->config, first + i));
-        TRY(adapters_forward(m->products, m->llama->layers[layer].linear[first + i], &in, &out, m->adapters));
-    }
-    return 0;
+    const struct llama_config *c = &m->llama->config;
+    const plora_matrix in = llama_matrix(m->llama, x, rows, llama_inputs(c, first));
+    plora_matrix out[LINEARS];
+    for (int i = 0; i < count; i++)
+        out[i] = llama_matrix(m->llama, y[i], rows, llama_outputs(c, first + i));
+    return adapters_forward(m->products, STEP_LAYERS, &m->llama->layers[layer].linear[first], count, &in, out);
 }
 
 /* One layer, as llama_layer_forward(); llama->normal holds RMSNorm(x). */
@@ -186,7 +191,8 @@ static int head(struct model *m, int64_t count, const struct piece *pieces)
     llama->rows->rms_forward(used, c->hidden, (float)c->epsilon, m->head_x, NULL, NULL, llama->final_norm, m->head_x);
     const plora_matrix x = llama_matrix(llama, m->head_x, used, c->hidden);
     const plora_matrix y = {m->logits, used, c->vocabulary, c->vocabulary, PLORA_F32, 0};
-    return adapters_forward(m->products, llama->head, &x, &y, m->head_adapters);
+    TRY(adapters_begin(m->products, STEP_HEAD, used, m->head_adapters));
+    return adapters_forward(m->products, STEP_HEAD, &llama->head, 1, &x, &y);
 }
 
 int model_step(struct model *m, int64_t count, const struct piece *pieces, const float **logits)
@@ -202,6 +208,7 @@ int model_step(struct model *m, int64_t count, const struct piece *pieces, const
     const int64_t rows = padded(tokens);
     for (int64_t i = tokens; i < rows; i++)
         m->adapters[i] = NULL;
+    TRY(adapters_begin(m->products, STEP_LAYERS, rows, m->adapters));
     void *x = llama_slot(llama, 0, 0)->x;
     llama_embed(llama, rows, m->ids, tokens, x);
     llama_norm(llama, rows, x, NULL, NULL, llama->layers[0].attention_norm, llama->normal);

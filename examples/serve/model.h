@@ -29,7 +29,7 @@ struct model_options {
 struct piece {
     int64_t slot, past, rows; /* rows new tokens after the `past` that are in the cache */
     const int32_t *ids;       /* [rows] */
-    struct adapter *adapter;  /* NULL = the model alone */
+    plora_snapshot *adapter;  /* NULL = the model alone */
     int wants_logits;         /* of its last token */
 };
 
@@ -37,6 +37,8 @@ int model_open(plora_context *context, const struct model_options *options, stru
 void model_close(struct model *model);
 const struct llama_config *model_configuration(const struct model *model);
 plora_model *model_layers(struct model *model);
+/* The rows of a step, at most: some more than its tokens. */
+int64_t model_rows(const struct model *model);
 /* Whose products the layers are: of model_layers(). */
 void model_use_adapters(struct model *model, struct adapters *adapters);
 

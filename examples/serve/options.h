@@ -6,9 +6,9 @@
 #include <stdio.h>
 
 struct options {
-    const char *model, *name, *adapters, *host;
+    const char *model, *name, *adapters, *spill, *host;
     int64_t port, dtype, threads;
-    int64_t slots, context, batch_tokens, queue;
+    int64_t adapter_memory, slots, context, batch_tokens, queue;
     int64_t connections, max_body, request_seconds, max_seconds, drain_seconds;
     int64_t help;
 };
