@@ -92,7 +92,11 @@ $(BUILD)/tests/bench/%.o: EXTRA = -Itests
 $(BUILD)/bench/%: $(BUILD)/tests/bench/%.o $(SUPPORT) $(filter-out %/main.o,$(FINETUNE)) $(BUILD)/libplora.a
 	$(PROGRAM) -lcjson $(LIBS)
 
+<<<<<<< HEAD
 include make/python.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/study.mk make/install.mk
+=======
+include make/python.mk make/serve.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/install.mk
+>>>>>>> 5ea4c04 (x)
 
 .PHONY: force clean help
 force:
@@ -101,6 +105,7 @@ clean:
 help:
 	@echo 'make                       $(BUILD)/libplora.so and libplora.a'
 	@echo 'make demo                  trains SmolLM2-135M with LoRA and PLoRA and compares them'
+	@echo 'make serve                 an HTTP server for SmolLM2-135M and two adapters of it, in OpenAI'\''s API; SERVE_OPTIONS='
 	@echo 'make quickstart            the smallest program that uses the library; serve-many: many adapters in one batch, and a hot swap'
 	@echo 'make test                  every test; make asan, ubsan, tsan, valgrind: the C tests under each'
 	@echo 'make test-kill             kills runs and resumes them, KILLS=1000 times'

@@ -5,13 +5,14 @@
 CHECKS ?= header abi test-install without-cuda kill-finetune tensor-sums $(if $(filter 1,$(CUDA)),test-emulator test-ladder)
 CHECK_SUITES = $(foreach check,$(CHECKS),'$(check)=$(MAKE) --no-print-directory BUILD=$(BUILD) $(check)')
 PYTEST := $(if $(wildcard tests/python/test_*.py),\
-    'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python')
+    'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python' \
+    'serve=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/serve')
 
 # The fuzz targets, each over its corpus: C tests like the others.
 REPLAYS := $(patsubst %.c,$(BUILD)/%,$(wildcard tests/fuzz/fuzz_*.c))
 
 .PHONY: test test-c header abi abi-update test-install
-test: all $(TESTS) $(REPLAYS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/serve_many $(BUILD)/finetune $(if $(PYTEST),$(BUILD)/venv-test/ready)
+test: all $(TESTS) $(REPLAYS) $(if $(EMULATED_TESTS),$(EMULATED_TESTS) $(EMULATOR_LIBS) $(BUILD)/bench/bench_cuda) $(BUILD)/quickstart $(BUILD)/serve_many $(BUILD)/finetune $(BUILD)/serve $(if $(PYTEST),$(BUILD)/venv-test/ready)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(CHECK_SUITES) $(TESTS) $(REPLAYS) $(EMULATED_SUITES) $(BUILD)/quickstart $(BUILD)/serve_many $(PYTEST)
 test-c: $(TESTS) $(REPLAYS)
 	@$(PYTHON) tests/run.py $(BUILD)/logs $(TESTS) $(REPLAYS)
@@ -111,7 +112,7 @@ lint-scripts: $(BUILD)/venv-test/ready
 	$(BUILD)/venv-test/bin/ruff check --quiet --no-cache --select E,F,W,B --ignore E501,B905 $(PY_FILES)
 TIDY_FLAGS = $(filter-out -fPIC,$(ALL_FLAGS)) -Itests -Iexamples/finetune $(LEVEL_$(lastword $(LEVELS))) \
              -DCPU_ISA=$(lastword $(LEVELS)) -Itests/emulator $(CUDA_TEST_INCLUDES) -DCUDA_FATBINS=
-lint-tidy: $(CUDA_LIBRARIES_READY) | deps-lint deps-build deps-examples deps-tests
+lint-tidy: $(CUDA_LIBRARIES_READY) | deps-lint deps-build deps-examples deps-serve deps-tests
 	@echo 'clang-tidy-14 over $(words $(filter %.c,$(C_FILES))) files'
 	@printf '%s\n' $(filter %.c,$(C_FILES)) | xargs -P$(JOBS) -I{} \
 	    sh -c 'clang-tidy-14 --quiet {} -- $(TIDY_FLAGS) 2>/dev/null || { echo "clang-tidy: {}"; exit 1; }'

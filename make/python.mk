@@ -1,7 +1,7 @@
 # Virtual environments, and what runs in them: the demo and the benchmark.
 
 .PHONY: deps demo quickstart serve-many bench
-deps: deps-build $(if $(filter 1,$(CUDA)),deps-cuda) deps-examples deps-tests deps-python deps-lint deps-fuzz deps-valgrind
+deps: deps-build $(if $(filter 1,$(CUDA)),deps-cuda) deps-examples deps-serve deps-tests deps-python deps-lint deps-fuzz deps-valgrind
 deps-%: force
 	@CC='$(CC)' CPPFLAGS='$(CPPFLAGS)' sh make/deps.sh $*
 

@@ -136,7 +136,7 @@ def test_killed_and_started_again(long_directory, adapter_root, loras):
     want = [first.text("the", name, max_tokens=50, ignore_eos=True) for name in ("long", *loras)]
     for _ in range(3):
         clients = [begin(first, bool(i % 2)) for i in range(4)]
-        wait_until(lambda: first.metric("sequences_running") == 4)
+        wait_until(lambda server=first: server.metric("sequences_running") == 4)
         port = first.port
         first.kill()
         for client in clients:
