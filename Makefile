@@ -92,11 +92,7 @@ $(BUILD)/tests/bench/%.o: EXTRA = -Itests
 $(BUILD)/bench/%: $(BUILD)/tests/bench/%.o $(SUPPORT) $(filter-out %/main.o,$(FINETUNE)) $(BUILD)/libplora.a
 	$(PROGRAM) -lcjson $(LIBS)
 
-<<<<<<< HEAD
-include make/python.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/study.mk make/install.mk
-=======
-include make/python.mk make/serve.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/install.mk
->>>>>>> 5ea4c04 (x)
+include make/python.mk make/serve.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/study.mk make/install.mk
 
 .PHONY: force clean help
 force:

@@ -59,7 +59,7 @@ static int make(plora_model *model, const struct adapters_options *wanted, struc
     }
     a->max_snapshots = wanted->slots;
     TRY(memory_allocate((size_t)wanted->rows, sizeof *a->slots, "slots", &a->slots));
-    return memory_allocate((size_t)wanted->slots, sizeof *a->snapshots, "snapshots", &a->snapshots);
+    return memory_allocate((size_t)wanted->slots, sizeof(plora_snapshot *), "snapshots", &a->snapshots);
 }
 
 int adapters_create(plora_model *model, const struct adapters_options *options, struct adapters **out)

@@ -20,7 +20,7 @@ struct adapters_options {
     int64_t rows, slots; /* tokens and sequences of a step, at most */
 };
 
-int adapters_create(plora_model *model, const struct adapters_options *options, struct adapters **adapters);
+int adapters_create(plora_model *model, const struct adapters_options *options, struct adapters **out);
 void adapters_destroy(struct adapters *adapters);
 
 /* Whether it may be the name of an adapter: 1 to 64 of the characters A-Z a-z 0-9 . _ -, not beginning with '.'. */

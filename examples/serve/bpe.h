@@ -12,7 +12,7 @@ void merges_destroy(struct merges *merges);
 /* Merge number `rank`, counted from 0: left, right -> made. Of a pair that comes twice the later counts. */
 void merges_add(struct merges *merges, int32_t rank, int32_t left, int32_t right, int32_t made);
 
-/* Merges symbols[0 .. count) in place and returns how many are left, or -1. n symbols cost n log n. */
-int64_t merges_apply(const struct merges *merges, int32_t *symbols, int64_t count);
+/* Merges ids[0 .. count) in place and returns how many are left, or -1. n symbols cost n log n. */
+int64_t merges_apply(const struct merges *merges, int32_t *ids, int64_t count);
 
 #endif

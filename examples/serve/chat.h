@@ -12,6 +12,6 @@
 /* Finds out whether the model in the directory has such a template, and its message of the system. */
 int chat_open(const char *directory, struct server *server);
 /* The "messages" of a request. */
-int chat_encode(struct request *request, struct tokens *tokens);
+int chat_encode(struct request *request, struct tokens *out);
 
 #endif

@@ -94,7 +94,7 @@ static int read_prompts(struct request *r, struct completion *c)
         return request_wrong(r, 400, "prompt", "%lld prompts exceed %d", (long long)count, MOST_PROMPTS);
     if (allocate_jobs(r, c, count) != 0) return -1;
     const cJSON *item = single ? prompt : first;
-    for (int64_t i = 0; i < count; i++, item = item->next) {
+    for (int64_t i = 0; i < count && item; i++, item = item->next) {
         if (cJSON_IsString(item) ? read_text(r, item->valuestring, &c->jobs[i]) != 0
             : cJSON_IsArray(item)
                 ? read_ids(r, item, &c->jobs[i]) != 0

@@ -27,8 +27,9 @@ static void write_usage(const struct completion *c, struct buffer *out)
         prompt += c->jobs[i].prompt.count;
         generated += c->jobs[i].generated;
     }
+    const int64_t total = prompt + generated;
     buffer_print(out, "\"usage\": {\"prompt_tokens\": %lld, \"completion_tokens\": %lld, \"total_tokens\": %lld}",
-                 (long long)prompt, (long long)generated, (long long)(prompt + generated));
+                 (long long)prompt, (long long)generated, (long long)total);
 }
 
 void completion_write(const struct completion *c, struct buffer *out)

@@ -319,11 +319,15 @@ int http_start(struct server *server, const struct route *routes, struct http **
 
 int http_port(const struct http *http)
 {
-    struct sockaddr_storage address;
+    union {
+        struct sockaddr any;
+        struct sockaddr_in in;
+        struct sockaddr_in6 in6;
+    } address;
     socklen_t size = sizeof address;
-    if (getsockname(http->listening, (struct sockaddr *)&address, &size) != 0) return 0;
-    return ntohs(address.ss_family == AF_INET6 ? ((struct sockaddr_in6 *)&address)->sin6_port
-                                               : ((struct sockaddr_in *)&address)->sin_port);
+    memset(&address, 0, sizeof address);
+    if (getsockname(http->listening, &address.any, &size) != 0) return 0;
+    return ntohs(address.any.sa_family == AF_INET6 ? address.in6.sin6_port : address.in.sin_port);
 }
 
 void http_quiesce(struct http *http)

@@ -43,7 +43,7 @@ int exchange_socket(const struct exchange *exchange);
 struct http;
 
 /* routes end with a NULL method. */
-int http_start(struct server *server, const struct route *routes, struct http **http);
+int http_start(struct server *server, const struct route *routes, struct http **out);
 int http_port(const struct http *http);
 /* Takes no more connections. */
 void http_quiesce(struct http *http);

@@ -60,8 +60,8 @@ static int allocate(struct model *m)
     TRY(memory_allocate((size_t)m->slots, sizeof *m->attention, "attention", &m->attention));
     TRY(memory_allocate((size_t)m->capacity, sizeof *m->ids, "tokens", &m->ids));
     TRY(memory_allocate((size_t)m->capacity, sizeof *m->positions_of, "positions", &m->positions_of));
-    TRY(memory_allocate((size_t)m->capacity, sizeof *m->adapters, "adapters", &m->adapters));
-    TRY(memory_allocate((size_t)m->slots, sizeof *m->head_adapters, "adapters", &m->head_adapters));
+    TRY(memory_allocate((size_t)m->capacity, sizeof(plora_snapshot *), "adapters", &m->adapters));
+    TRY(memory_allocate((size_t)m->slots, sizeof(plora_snapshot *), "adapters", &m->head_adapters));
     const size_t logits = (size_t)(m->slots * c->vocabulary) * sizeof *m->logits;
     m->memory_bytes = logits + (size_t)(m->slots * c->hidden) * size;
     TRY(memory_map(m->memory_bytes, "logits", &m->memory));

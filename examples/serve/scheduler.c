@@ -250,10 +250,10 @@ static int make(struct scheduler *s)
 {
     const size_t slots = (size_t)s->options.slots;
     TRY(sampler_create(model_configuration(s->options.model)->vocabulary, &s->sampler));
-    TRY(memory_allocate(slots, sizeof *s->running, "jobs", &s->running));
+    TRY(memory_allocate(slots, sizeof(struct job *), "jobs", &s->running));
     TRY(memory_allocate(slots, sizeof *s->free_slots, "slots", &s->free_slots));
     TRY(memory_allocate(slots, sizeof *s->pieces, "pieces", &s->pieces));
-    TRY(memory_allocate(slots, sizeof *s->piece_of, "pieces", &s->piece_of));
+    TRY(memory_allocate(slots, sizeof(struct job *), "pieces", &s->piece_of));
     for (int64_t i = 0; i < s->options.slots; i++)
         s->free_slots[s->free_count++] = s->options.slots - 1 - i;
     s->eos = model_configuration(s->options.model)->eos;

@@ -24,8 +24,7 @@ void tokenizer_close(struct tokenizer *tokenizer);
 
 /* Appends the tokens of the text, which must be UTF-8. added = 0: what looks like an added token is ordinary text, as it must be
  * where a stranger's words go between control tokens. */
-int tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t size, int added,
-                     struct tokens *tokens);
+int tokenizer_encode(const struct tokenizer *tokenizer, const char *text, size_t size, int added, struct tokens *out);
 
 /* The bytes that a token stands for, which need not be whole characters; none for ids that have no token. */
 const char *tokenizer_bytes(const struct tokenizer *tokenizer, int32_t id, size_t *size);
