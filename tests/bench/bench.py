@@ -4,7 +4,8 @@ torch + PEFT in the same call. Prints a table and writes BUILD/bench.json. How a
 
 Every figure is a ratio of medians of measurements that took turns: A B A B ... One side waits while the other measures.
 
-    our side     bench_machine (limits), bench_layer, bench_unload, finetune --bench: run anew for every round
+    our side     bench_machine (limits), bench_layer, bench_unload, finetune --bench: run anew for every round;
+                 bench_ledger, bench_export: once, and three times
     peers        peers.py, one process for each variant, which stays and answers one request after the other
 """
 
@@ -26,7 +27,7 @@ HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
 BATCH, TOKENS, RANK = 4, 256, 16
-PARTS = ("machine", "layer", "unload", "optimizer", "train")
+PARTS = ("machine", "layer", "unload", "optimizer", "ledger", "export", "train")
 PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
 
 
@@ -406,6 +407,54 @@ def measure_unload(bench, limits, report):
         )
 
 
+# -------------------------------------------------------------------------------------------------------------- ledger
+
+
+def measure_ledger(bench, report):
+    heading("ledger: an unload of all layers of SmolLM2-135M, and of eight of 4096 x 4096")
+    folder = os.path.join(bench.build, "bench")
+    bench.measurements["ledger"] = {}
+    for shape in ("smollm2", "wide"):
+        answer = output_of(bench.program("bench_ledger"), "21", "8", folder, shape)
+        plain = answer["plain"]
+        for form in ("memory", "file", "synced"):
+            # Each with the plain unload just before it: what the machine does besides is the same for both.
+            shares = [with_ledger / without - 1 for with_ledger, without in zip(answer[form], plain, strict=True)]
+            report.add(
+                "ledger_append_share",
+                "an unload with a ledger over the same without, minus 1; the file is not synced unless it says so",
+                statistics.median(shares),
+                0.05 if form == "file" else None,
+                part=f"{shape} {form}",
+                most=True,
+                ours=spread(answer[form]),
+                other=spread(plain),
+            )
+        bench.measurements["ledger"][shape] = {
+            "record_bytes": answer["record_bytes"],
+            "open_seconds": answer["open"],
+            **{form: spread(answer[form]) for form in ("plain", "memory", "file", "synced")},
+        }
+
+
+def measure_export(bench, report):
+    heading("export: 32 stages of R = 8, all layers of SmolLM2-135M")
+    folder = os.path.join(bench.build, "bench")
+    answers = [output_of(bench.program("bench_export"), folder, "32", "8") for _ in range(3)]
+    for form in ("exact", "truncated", "gguf"):
+        seconds = spread([answer[form] for answer in answers])
+        report.add(
+            "export_seconds",
+            "plora_ledger_export() of 32 stages of R = 8, 210 weights; truncated to rank 32, and the same as GGUF",
+            seconds["median"],
+            10,
+            part=form,
+            most=True,
+            ours=seconds,
+        )
+    bench.measurements["export"] = answers
+
+
 # ------------------------------------------------------------------------------------------------------------ training
 
 
@@ -574,6 +623,10 @@ def measure(bench, parts, report):
         measure_layer(bench, report)
     if "optimizer" in parts:
         measure_optimizer(bench, report)
+    if "ledger" in parts:
+        measure_ledger(bench, report)
+    if "export" in parts:
+        measure_export(bench, report)
     training = {dtype: measure_training_of(bench, dtype, 3) for dtype in ("fp32", "bf16")} if "train" in parts else {}
     heading("limits of the machine, again")
     limits = Limits(runs + [output_of(bench.program("bench_machine"), "7")])
