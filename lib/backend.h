@@ -137,6 +137,7 @@ struct plora__batch_slot {
     const float *b; /* [N,R] */
     int32_t rank;   /* 0 = nothing to add */
     float scale;
+    const float *panels; /* B as batch_pack() lays it out, or NULL */
 };
 
 /* Neighbours in the list of a batch's tokens that belong to one adapter. */
@@ -279,6 +280,10 @@ struct plora_backend {
     /* Only tokens, K and the targets' max_rank are read; it grows with each of them. */
     size_t (*batch_workspace)(void *device, const struct plora__batch_args *args);
     plora_status (*batch_forward)(void *device, const struct plora__batch_args *args, void *stream);
+    /* B[N,R] once more, in the order that batch_forward() reads it, so that it need not be turned round in each batch: the same bits come
+     * out. The number of floats, and the copy, 64-byte aligned. NULL where B is read as it is. */
+    int64_t (*batch_panel_count)(int64_t out_features, int64_t rank);
+    void (*batch_pack)(const float *b, int64_t out_features, int64_t rank, float *panels);
     plora_status (*dequantise)(void *device, const struct plora__dequantise_args *args, void *stream);
 };
 

@@ -11,9 +11,9 @@
 
 #include "handles.h"
 
-/* A and B of one weight, by element offset in the arena; rank 0 = none. */
+/* A and B of one weight, by element offset in the arena, and B's panels, in what follows the arena; rank 0 = none. */
 struct plora__factors {
-    int64_t rank, a_offset, b_offset;
+    int64_t rank, a_offset, b_offset, panel_offset;
     double scale;
 };
 
@@ -23,9 +23,9 @@ struct plora_snapshot {
     char *name;
     int64_t version;
     struct plora__factors *factors; /* [weight_count of the model] */
-    int64_t max_rank, parameter_count;
+    int64_t max_rank, parameter_count, panel_count;
     int32_t weights; /* that have factors */
-    /* What products read, device memory: [a slot for each weight][arena as of plora_adapters]. NULL while evicted: changes under
+    /* What products read, device memory: [a slot for each weight][arena as of plora_adapters][panels]. NULL while evicted: changes under
      * `table`, never while somebody holds the snapshot. */
     void *memory;
     /* The arena elsewhere, once it was evicted: in host memory, or in a file without a name. Only the holder of `changes` uses it. */

@@ -1,6 +1,8 @@
 /* snapshot.c: one version of a served adapter: its factors, the memory that products read, and where it lies while it is evicted.
  *
- * Memory:  [struct plora__batch_slot of each weight][arena: A_0 | B_0 | A_1 ...]     one block of device memory
+ * Memory:  [struct plora__batch_slot of each weight][arena: A_0 | B_0 | A_1 ...][B_0 | B_1 ... in panels]     one block of device memory
+ *
+ * The panels (CPU only) are B as the kernels read it: turned round here, once, not for every batch.
  *
  * The slots hold pointers into the block, so they are made anew when it comes back to another place. Who may call what when is the
  * registry's affair: nothing here takes a lock. */
@@ -31,12 +33,17 @@ static size_t arena_bytes(const plora_snapshot *snapshot)
 
 size_t plora__snapshot_bytes(const plora_snapshot *snapshot)
 {
-    return slots_bytes(snapshot) + arena_bytes(snapshot);
+    return slots_bytes(snapshot) + arena_bytes(snapshot) + (size_t)snapshot->panel_count * sizeof(float);
 }
 
 float *plora__snapshot_arena(const plora_snapshot *snapshot, const void *memory)
 {
     return (float *)((uintptr_t)memory + slots_bytes(snapshot));
+}
+
+static int64_t align_elements(int64_t count)
+{
+    return (count + PLORA__ARENA_ALIGNMENT - 1) / PLORA__ARENA_ALIGNMENT * PLORA__ARENA_ALIGNMENT;
 }
 
 plora_status plora__snapshot_create(plora_registry *registry, const struct plora__adapter *adapters,
@@ -60,8 +67,11 @@ plora_status plora__snapshot_create(plora_registry *registry, const struct plora
     }
     for (int32_t i = 0; i < adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters[i];
-        created->factors[adapter->weight] =
-            (struct plora__factors){adapter->rank, adapter->a_offset, adapter->b_offset, adapter->scale};
+        created->factors[adapter->weight] = (struct plora__factors){adapter->rank, adapter->a_offset, adapter->b_offset,
+                                                                    created->panel_count, adapter->scale};
+        if (context->backend->batch_pack != NULL)
+            created->panel_count +=
+                align_elements(context->backend->batch_panel_count(adapter->out_features, adapter->rank));
         if (adapter->rank > created->max_rank) created->max_rank = adapter->rank;
     }
     *snapshot = created;
@@ -88,6 +98,13 @@ void plora__snapshot_release_memory(const plora_snapshot *snapshot, void *memory
 
 /* -------------------------------------------------------------------------------------------------------------- filling */
 
+static int64_t out_features(const plora_snapshot *snapshot, int32_t weight)
+{
+    const struct plora__weight *found = &snapshot->registry->model->weights[weight];
+    return found->fan_in_fan_out ? found->matrix.columns : found->matrix.rows;
+}
+
+/* The arena is there already. */
 static plora_status write_slots(const plora_snapshot *snapshot, void *memory, void *stream)
 {
     plora_context *context = context_of(snapshot);
@@ -98,9 +115,15 @@ static plora_status write_slots(const plora_snapshot *snapshot, void *memory, vo
     struct plora__batch_slot *slots = block;
     for (int32_t i = 0; i < snapshot->registry->model->weight_count; ++i) {
         const struct plora__factors *factors = &snapshot->factors[i];
-        if (factors->rank > 0)
-            slots[i] = (struct plora__batch_slot){arena + factors->a_offset, arena + factors->b_offset,
-                                                  (int32_t)factors->rank, (float)factors->scale};
+        if (factors->rank == 0) continue;
+        slots[i] = (struct plora__batch_slot){.a = arena + factors->a_offset,
+                                              .b = arena + factors->b_offset,
+                                              .rank = (int32_t)factors->rank,
+                                              .scale = (float)factors->scale};
+        if (context->backend->batch_pack == NULL) continue;
+        float *panels = plora__snapshot_arena(snapshot, memory) + snapshot->parameter_count + factors->panel_offset;
+        context->backend->batch_pack(slots[i].b, out_features(snapshot, i), factors->rank, panels);
+        slots[i].panels = panels;
     }
     plora_status status = context->backend->copy(context->device, memory, slots, bytes, stream);
     if (status == PLORA_OK) status = context->backend->synchronize(context->device, stream);

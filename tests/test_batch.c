@@ -89,7 +89,7 @@ static void make_slots(struct batch *batch)
         check_matrix_random(&batch->a[i], sqrt(3.0 / (double)c->in_features));
         check_matrix_random(&batch->b[i], 1.0);
         batch->slots[i] = (struct plora__batch_slot){device_of(batch->a[i].m.data), device_of(batch->b[i].m.data), rank,
-                                                     (float)(2 * check_uniform())};
+                                                     (float)(2 * check_uniform()), NULL};
     }
 }
 
@@ -262,6 +262,31 @@ static void restore(struct batch *batch)
     memcpy(batch->y.memory, batch->y.snapshot, batch->y.bytes);
 }
 
+/* With B packed beforehand the same bits come out. */
+static void check_packed(struct batch *batch, int level)
+{
+    const struct cpu_batch_kernels *kernels = cpu_batch_kernels(level);
+    const int64_t columns = kernels->panel_columns, n = batch->c.out_features,
+                  all = (n + columns - 1) / columns * columns;
+    unsigned char *got = malloc(batch->y.bytes);
+    CHECK(got != NULL, "the test itself is out of memory");
+    memcpy(got, batch->y.memory, batch->y.bytes);
+    for (int32_t i = 0; i < batch->c.slots; ++i) {
+        struct plora__batch_slot *slot = &batch->slots[i];
+        float *panels = allocate((size_t)(all * slot->rank) * sizeof(float));
+        kernels->pack(slot->b, slot->rank, n, panels);
+        slot->panels = panels;
+    }
+    restore(batch);
+    forward(batch, level, 2, batch->segments, batch->segment_count, batch->c.tokens);
+    CHECK(memcmp(got, batch->y.memory, batch->y.bytes) == 0, "level %d: packed, other bits: %s", level, batch->text);
+    for (int32_t i = 0; i < batch->c.slots; ++i) {
+        release((void *)(uintptr_t)batch->slots[i].panels);
+        batch->slots[i].panels = NULL;
+    }
+    free(got);
+}
+
 static void run(const struct batch_case *c)
 {
     struct batch *batch = batch_new(c);
@@ -272,6 +297,7 @@ static void run(const struct batch_case *c)
         restore(batch);
         forward(batch, level, (int)check_integer(1, 3), batch->segments, batch->segment_count, c->tokens);
         check_batch(batch, level, before);
+        if (level != LEVEL_DEVICE) check_packed(batch, level);
     }
     free(before);
     batch_free(batch);

@@ -12,11 +12,11 @@
 #if CPU_ISA >= CPU_ISA_AVX512
 enum { SHRINK_TOKENS = 6, EXPAND_TOKENS = 6, VECTORS = 4 };
 #elif CPU_ISA == CPU_ISA_AVX2
-enum { SHRINK_TOKENS = 2, EXPAND_TOKENS = 6, VECTORS = 2 };
+enum { SHRINK_TOKENS = 3, EXPAND_TOKENS = 6, VECTORS = 2 };
 #else
 enum { SHRINK_TOKENS = 2, EXPAND_TOKENS = 4, VECTORS = 2 };
 #endif
-enum { RANKS = 4, DEPTH = 1024, PANEL = VECTORS * CPU_LANES, CACHE_LINE = 64 };
+enum { RANKS = 4, DEPTH = 256, PANEL = VECTORS * CPU_LANES, CACHE_LINE = 64 };
 
 typedef uint16_t halves __attribute__((vector_size(2 * CPU_LANES)));
 typedef float four __attribute__((vector_size(16)));
@@ -52,24 +52,38 @@ CPU_INLINE void store_lanes(char *to, int32_t dtype, cpu_vf value)
     memcpy(to, &narrow, sizeof narrow);
 }
 
-/* The sum of the lanes: halves are added until there are four. */
-CPU_INLINE float sum_lanes(cpu_vf value)
+/* Halves are added until there are four lanes. */
+CPU_INLINE four fold(cpu_vf value)
 {
 #if CPU_LANES == 4
-    const four last = value;
+    return value;
 #else
     cpu_vh half[2];
     memcpy(half, &value, sizeof half);
     const cpu_vh sum = half[0] + half[1];
 #if CPU_LANES == 8
-    const four last = sum;
+    return sum;
 #else
     four quarter[2];
     memcpy(quarter, &sum, sizeof quarter);
-    const four last = quarter[0] + quarter[1];
+    return quarter[0] + quarter[1];
 #endif
 #endif
+}
+
+CPU_INLINE float sum_lanes(cpu_vf value)
+{
+    const four last = fold(value);
     return (last[0] + last[2]) + (last[1] + last[3]);
+}
+
+/* sum_lanes() of four at once. */
+CPU_INLINE four sum_four(const cpu_vf values[4])
+{
+    const four a = fold(values[0]), b = fold(values[1]), c = fold(values[2]), d = fold(values[3]);
+    const four ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
+    const four cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
+    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
 }
 
 static char *row_of(const plora_matrix *matrix, const struct cpu_batch_rows *rows, int64_t i)
@@ -80,7 +94,7 @@ static char *row_of(const plora_matrix *matrix, const struct cpu_batch_rows *row
 
 /* ----------------------------------------------------------------------------------------------------------- shrink */
 
-/* low[i, r] (+)= sum over `depth` columns of x[i] a[r]. tokens, ranks and dtype are constants at every call. */
+/* low[i, r] (+)= sum over `depth` columns of x[i] a[r]. tokens, ranks (RANKS or 1) and dtype are constants at every call. */
 CPU_INLINE void dots(int tokens, int ranks, int32_t dtype, char *const x[], const float *a, int64_t a_stride,
                      int64_t depth, int is_first, float *low, int64_t low_stride)
 {
@@ -103,12 +117,17 @@ CPU_INLINE void dots(int tokens, int ranks, int32_t dtype, char *const x[], cons
         }
     }
 #pragma GCC unroll 6
-    for (int i = 0; i < tokens; ++i)
-#pragma GCC unroll 4
-        for (int r = 0; r < ranks; ++r) {
-            float *out = &low[i * low_stride + r];
-            *out = is_first ? sum_lanes(sum[i][r]) : *out + sum_lanes(sum[i][r]);
+    for (int i = 0; i < tokens; ++i) {
+        float *out = low + i * low_stride;
+        if (ranks == RANKS) {
+            four sums = sum_four(sum[i]), before;
+            memcpy(&before, out, sizeof before);
+            if (!is_first) sums += before;
+            memcpy(out, &sums, sizeof sums);
+        } else {
+            out[0] = is_first ? sum_lanes(sum[i][0]) : out[0] + sum_lanes(sum[i][0]);
         }
+    }
 }
 
 CPU_INLINE void dots_of(int tokens, int32_t dtype, char *const x[], const float *a, int64_t a_stride, int64_t depth,
@@ -135,8 +154,10 @@ CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64
         switch (count) {
             SHRINK_CASE(1);
             SHRINK_CASE(2);
-#if CPU_ISA >= CPU_ISA_AVX512
+#if CPU_ISA >= CPU_ISA_AVX2
             SHRINK_CASE(3);
+#endif
+#if CPU_ISA >= CPU_ISA_AVX512
             SHRINK_CASE(4);
             SHRINK_CASE(5);
             SHRINK_CASE(6);
@@ -259,7 +280,8 @@ static void expand(const plora_matrix *y, const struct cpu_batch_rows *rows, con
     const int64_t size = (int64_t)plora__dtype_size(y->dtype);
     for (int64_t column = begin; column < end; column += PANEL) {
         const int64_t width = end - column < PANEL ? end - column : PANEL;
-        pack_panel(slot->b + column * slot->rank, slot->rank, width, panel);
+        const float *packed = slot->panels != NULL ? slot->panels + column * slot->rank : panel;
+        if (packed == panel) pack_panel(slot->b + column * slot->rank, slot->rank, width, panel);
         for (int64_t i = 0; i < rows->count; i += EXPAND_TOKENS) {
             char *y_rows[EXPAND_TOKENS];
             const int64_t count = rows->count - i < EXPAND_TOKENS ? rows->count - i : EXPAND_TOKENS;
@@ -269,7 +291,7 @@ static void expand(const plora_matrix *y, const struct cpu_batch_rows *rows, con
                     __builtin_prefetch(y_rows[j] + line, 1);
             }
 #define EXPAND_CASE(n)                                                                                                 \
-    case n: expand_tokens(n, y->dtype, y_rows, low + i * low_stride, low_stride, panel, slot->rank, width); break
+    case n: expand_tokens(n, y->dtype, y_rows, low + i * low_stride, low_stride, packed, slot->rank, width); break
             switch (count) {
                 EXPAND_CASE(1);
                 EXPAND_CASE(2);
@@ -284,5 +306,13 @@ static void expand(const plora_matrix *y, const struct cpu_batch_rows *rows, con
     }
 }
 
+static void pack(const float *b, int64_t rank, int64_t out_features, float *panels)
+{
+    for (int64_t column = 0; column < out_features; column += PANEL) {
+        const int64_t left = out_features - column;
+        pack_panel(b + column * rank, rank, left < PANEL ? left : PANEL, panels + column * rank);
+    }
+}
+
 const struct cpu_batch_kernels CPU_ISA_NAME(cpu_batch_kernels) = {
-    .panel_columns = PANEL, .shrink = shrink, .expand = expand};
+    .panel_columns = PANEL, .pack = pack, .shrink = shrink, .expand = expand};

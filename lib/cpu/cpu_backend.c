@@ -110,5 +110,7 @@ const struct plora_backend plora__cpu_backend = {
     .write = cpu_write,
     .batch_workspace = cpu_batch_workspace,
     .batch_forward = cpu_batch_forward,
+    .batch_panel_count = cpu_batch_panel_count,
+    .batch_pack = cpu_batch_pack,
     .dequantise = cpu_dequantise,
 };

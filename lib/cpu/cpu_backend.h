@@ -41,6 +41,8 @@ void cpu_merge_rows(int threads, const struct plora__merge_args *args);
 
 size_t cpu_batch_workspace(void *device, const struct plora__batch_args *args);
 plora_status cpu_batch_forward(void *device, const struct plora__batch_args *args, void *stream);
+int64_t cpu_batch_panel_count(int64_t out_features, int64_t rank);
+void cpu_batch_pack(const float *b, int64_t out_features, int64_t rank, float *panels);
 plora_status cpu_write(void *device, void *destination, const void *source, size_t bytes, void *stream);
 
 plora_status cpu_dequantise(void *device, const struct plora__dequantise_args *args, void *stream);

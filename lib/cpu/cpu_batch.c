@@ -126,6 +126,17 @@ const struct cpu_batch_kernels *cpu_batch_kernels(int isa)
     return tables[isa];
 }
 
+int64_t cpu_batch_panel_count(int64_t out_features, int64_t rank)
+{
+    const int64_t columns = cpu_batch_kernels(cpu_isa())->panel_columns;
+    return (out_features + columns - 1) / columns * columns * rank;
+}
+
+void cpu_batch_pack(const float *b, int64_t out_features, int64_t rank, float *panels)
+{
+    cpu_batch_kernels(cpu_isa())->pack(b, rank, out_features, panels);
+}
+
 size_t cpu_batch_workspace(void *device, const struct plora__batch_args *args)
 {
     const struct cpu_device *cpu = device;

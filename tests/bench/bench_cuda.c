@@ -370,7 +370,7 @@ static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, i
     c.count = count;
     for (int i = 0; i < count; ++i) {
         slots[i] = (struct plora__batch_slot){values(rank * side, PLORA_F32, 0.1f),
-                                              values(side * rank, PLORA_F32, 0.1f), rank, 0.5f};
+                                              values(side * rank, PLORA_F32, 0.1f), rank, 0.5f, NULL};
         segments[0][i] = segments[1][i] = (struct plora__batch_segment){i, i * tokens, tokens, 0};
         plora__batch_cut(&segments[1][i], 1);
     }

@@ -225,7 +225,7 @@ static void batch_case(int32_t dtype, int32_t rank, int32_t count)
     void *a = zeros((size_t)(rank * SIDE) * sizeof(float)), *b = zeros((size_t)(rank * SIDE) * sizeof(float));
     char text[64], kernel[64];
     for (int32_t i = 0; i < count; ++i) {
-        slots[i] = (struct plora__batch_slot){a, b, rank, 1.0f};
+        slots[i] = (struct plora__batch_slot){a, b, rank, 1.0f, NULL};
         segments[i] = (struct plora__batch_segment){i, i * (SIDE / count), SIDE / count, 0};
     }
     const struct plora__batch_target target = {

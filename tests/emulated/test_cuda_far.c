@@ -209,7 +209,7 @@ static void batches(void **state)
     plora_context *context = check_context(NULL, 0, 0);
     struct far far_x = far_new(), far_y = far_new();
     float *a = device_values(RANK * COLUMNS, 9), *b = device_values(COLUMNS * RANK, 10);
-    const struct plora__batch_slot slots[2] = {{a, b, RANK, 0.5f}, {a, b, RANK - 1, 2.0f}};
+    const struct plora__batch_slot slots[2] = {{a, b, RANK, 0.5f, NULL}, {a, b, RANK - 1, 2.0f, NULL}};
     struct plora__batch_segment segments[2] = {{0, 0, 1, 0}, {1, 1, 1, 0}};
     const int32_t tiles = plora__batch_cut(segments, 2);
     struct plora__batch_slot *device_slots = device_malloc(sizeof slots);
