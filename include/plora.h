@@ -887,7 +887,7 @@ PLORA_API plora_status plora_registry_stats(plora_registry *registry, plora_regi
  * what the backbone costs. The weights as they were are kept in host memory, and _unmerge() puts those very bits back, residuals are left
  * alone. While it lasts, slots of that snapshot in a batch add nothing, other snapshots are refused, and so is what else writes
  * the weights (plora_unload(), plora_ledger_roll_back(), plora_checkpoint_load()). One at a time for a model. Both wait for the device and
- * must not overlap with calls that read the weights. Everything is checked before the first write.
+ * must not overlap with calls that read the weights. Everything is checked before the first write. The end of a registry unmerges.
  * Errors: NOT_FOUND; BUSY (a merge already; snapshots of other names are held; a batch has them); NON_FINITE (a weight would overflow its
  * dtype, naming the layer); INVALID_ARGUMENT (_unmerge: nothing is merged); OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_registry_merge(plora_registry *registry, const char *name);

@@ -156,6 +156,8 @@ static plora_status merge(plora_registry *registry, plora_snapshot *snapshot)
     void *workspace = NULL, *overflows = NULL;
     struct plora__weight_copies *copies = NULL;
     plora_status status;
+    PLORA_TRY_OUT(
+        context->backend->synchronize(context->device, NULL)); /* of all streams: some may still read the weights */
     PLORA_TRY_OUT(plora__device_allocate(context, bytes, &workspace));
     PLORA_TRY_OUT(plora__device_allocate(context, sizeof(int64_t), &overflows));
     PLORA_TRY_OUT(make_copies(snapshot, &copies));

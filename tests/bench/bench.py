@@ -4,7 +4,7 @@ torch + PEFT in the same call. Prints a table and writes BUILD/bench.json. How a
 
 Every figure is a ratio of medians of measurements that took turns: A B A B ... One side waits while the other measures.
 
-    our side     bench_machine (limits), bench_layer, bench_unload, finetune --bench: run anew for every round;
+    our side     bench_machine (limits), bench_layer, bench_batch, bench_unload, finetune --bench: run anew for every round;
                  bench_ledger, bench_export: once, and three times
     peers        peers.py, one process for each variant, which stays and answers one request after the other
 """
@@ -27,7 +27,7 @@ HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
 BATCH, TOKENS, RANK = 4, 256, 16
-PARTS = ("machine", "layer", "unload", "optimizer", "ledger", "export", "train")
+PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train")
 PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
 
 
@@ -282,6 +282,67 @@ def measure_layer(bench, report):
             )
     if peer:
         peer.__exit__()
+
+
+# SmolLM2-135M's query and gate, and those of a 7B model; tokens of a decode step and of a prefill.
+BATCH_SHAPES = ((576, 576), (1536, 576), (4096, 4096), (11008, 4096))
+
+
+def measure_batch(bench, report):
+    """The low-rank part of a batch beside its base product. On PEFT's side the base is taken off the time of the whole."""
+    heading("many adapters in one batch, R = 16")
+    peer = Peer(bench.peers, "merge") if bench.peers else None
+    for rows, columns in BATCH_SHAPES:
+        for tokens in (256, 1024):
+            label = f"{rows}x{columns}_{tokens}"
+            answer = output_of(bench.program("bench_batch"), "11", str(rows), str(columns), str(tokens), str(RANK))
+            for dtype in ("fp32", "bf16"):
+                ours = {name: spread(seconds) for name, seconds in answer[dtype].items()}
+                base, one, many = (ours[name]["median"] for name in ("base", "delta_1", "delta_64"))
+                for count in (1, 8, 64):
+                    report.add(
+                        f"batch_{label}_{count}_{dtype}",
+                        f"low-rank part of {count} adapters over the base product",
+                        ours[f"delta_{count}"]["median"] / base,
+                        ours=ours[f"delta_{count}"],
+                        other=ours["base"],
+                    )
+                report.add(
+                    f"batch_{label}_64_over_1_{dtype}",
+                    "64 adapters over one adapter",
+                    many / one,
+                    1.3 if tokens == 1024 else None,
+                    most=True,
+                    ours=ours["delta_64"],
+                    other=ours["delta_1"],
+                )
+                if not peer:
+                    continue
+                theirs = peer.ask(
+                    "batch", rows=rows, columns=columns, rank=RANK, tokens=tokens, adapters=64, prefill=tokens > 256,
+                    dtype=dtype, repeats=11,
+                )
+                plain = statistics.median(theirs["base"])
+                for name, target in (("each", 5.0), ("mixed", 3.0)):
+                    report.add(
+                        f"batch_{label}_peft_{name}_{dtype}",
+                        f"PEFT's {'call for each adapter' if name == 'each' else 'mixed batch'} of 64, base off, over ours",
+                        (statistics.median(theirs[name]) - plain) / many,
+                        target,
+                        ours=ours["delta_64"],
+                        other=spread(theirs[name]),
+                    )
+    if peer:
+        peer.__exit__()
+    answer = output_of(bench.program("bench_batch"), "stall", "5")
+    report.add(
+        "replace_stall_ms",
+        f"longest round of a reader, {answer['replaced']} replacements meanwhile",
+        answer["longest_us"] / 1e3,
+        1.0,
+        most=True,
+        ours=answer,
+    )
 
 
 def measure_optimizer(bench, report):
@@ -621,6 +682,8 @@ def measure(bench, parts, report):
             machine["peers"] = peer.ask("versions")
     if "layer" in parts:
         measure_layer(bench, report)
+    if "batch" in parts:
+        measure_batch(bench, report)
     if "optimizer" in parts:
         measure_optimizer(bench, report)
     if "ledger" in parts:

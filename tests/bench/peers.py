@@ -158,6 +158,44 @@ class Merge:
                 model.zero_grad(set_to_none=True)
         return {name: values[WARM_UP:] for name, values in seconds.items()}
 
+    def batch(self, request):
+        """Inference of one layer: the base alone, PEFT's mixed batch (adapter_names), and one call for each adapter.
+
+        A sequence of a mixed batch has one adapter: decode is `tokens` sequences of 1, prefill one sequence for each adapter.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        rows, columns, rank, tokens = request["rows"], request["columns"], request["rank"], request["tokens"]
+        adapters, dtype = request["adapters"], DTYPES[request["dtype"]]
+        key = ("batch", rows, columns, rank, tokens, adapters, request["dtype"])
+        if key not in self.made:
+            base = torch.nn.Linear(columns, rows, bias=False, dtype=dtype).requires_grad_(False)
+            own = torch.nn.Linear(columns, rows, bias=False, dtype=dtype)
+            config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["0"], init_lora_weights=False)
+            model = get_peft_model(torch.nn.Sequential(own), config, adapter_name="a0")
+            for i in range(1, adapters):
+                model.add_adapter(f"a{i}", config)
+            model.eval()
+            sequences = adapters if request["prefill"] else tokens
+            x = torch.randn(sequences, tokens // sequences, columns, dtype=dtype)
+            self.made[key] = base, model, x, [f"a{i * adapters // sequences}" for i in range(sequences)]
+        base, model, x, names = self.made[key]
+        layer, share = model.base_model.model[0], x.shape[0] // adapters
+
+        def each():
+            for i in range(adapters):
+                layer.set_adapter(f"a{i}")
+                layer(x[i * share : (i + 1) * share])
+
+        seconds = {"base": [], "mixed": [], "each": []}
+        with torch.inference_mode():
+            for _ in range(WARM_UP + request["repeats"]):
+                for name, call in (("base", lambda: base(x)), ("mixed", lambda: layer(x, adapter_names=names)), ("each", each)):
+                    begin = time.perf_counter()
+                    call()
+                    seconds[name].append(time.perf_counter() - begin)
+        return {name: values[WARM_UP:] for name, values in seconds.items()}
+
     def clear(self, request):
         self.made.clear()
         return {}
@@ -204,7 +242,7 @@ def main():
         if args.variant == "train":
             operations["train"] = side.train
         else:
-            operations.update(merge=side.merge, addmm=side.addmm, layer=side.layer_step, clear=side.clear)
+            operations.update(merge=side.merge, addmm=side.addmm, layer=side.layer_step, batch=side.batch, clear=side.clear)
         answer({"ready": True})
         for line in sys.stdin:
             request = json.loads(line)
