@@ -69,7 +69,7 @@ static plora_status allocate(plora_batch *batch)
     plora_context *context = batch->model->context;
     const size_t adapters = (size_t)batch->options.max_adapters, tokens = (size_t)batch->options.max_tokens;
     void *memory;
-    PLORA_TRY(plora__allocate(context, adapters * sizeof *batch->held, &memory));
+    PLORA_TRY(plora__allocate(context, adapters * sizeof(void *), &memory));
     batch->held = memory;
     PLORA_TRY(plora__allocate(context, adapters * sizeof *batch->counts, &memory));
     batch->counts = memory;
@@ -123,7 +123,7 @@ void plora_batch_destroy(plora_batch *batch)
     plora_context *context = model->context;
     const size_t adapters = (size_t)batch->options.max_adapters;
     release_held(batch);
-    plora__free(context, batch->held, adapters * sizeof *batch->held);
+    plora__free(context, batch->held, adapters * sizeof(void *));
     plora__free(context, batch->counts, adapters * sizeof *batch->counts);
     plora__free(context, batch->image, batch->image_bytes);
     plora__device_free(context, batch->block, batch->image_bytes);
@@ -173,7 +173,7 @@ static void hold(plora_batch *batch, plora_snapshot *const *snapshots, int32_t s
     for (int32_t i = 0; i < snapshot_count; ++i)
         plora_snapshot_retain(snapshots[i]); /* first: some may be those that are released now */
     release_held(batch);
-    if (snapshot_count > 0) memcpy(batch->held, snapshots, (size_t)snapshot_count * sizeof(plora_snapshot *));
+    if (snapshot_count > 0) memcpy(batch->held, snapshots, (size_t)snapshot_count * sizeof(void *));
     batch->held_count = snapshot_count;
 }
 

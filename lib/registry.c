@@ -135,7 +135,8 @@ static struct plora__name *find(const plora_registry *registry, const char *name
 
 static plora_status not_found(const char *name)
 {
-    return plora__fail(PLORA_ERROR_NOT_FOUND, "there is no adapter '%.300s'", name);
+    plora__fail(PLORA_ERROR_NOT_FOUND, "there is no adapter '%.300s'", name);
+    return PLORA_ERROR_NOT_FOUND;
 }
 
 plora_status plora__registry_check(const plora_registry *registry, const char *name)
@@ -430,7 +431,7 @@ plora_status plora__registry_check_merge(plora_registry *registry, const plora_s
     pthread_mutex_lock(&registry->table);
     const struct plora__name *own = find(registry, snapshot->name);
     renamed = own == NULL || own->snapshot != snapshot;
-    for (int64_t i = 0; i < registry->name_count; ++i)
+    for (int64_t i = 0; registry->names != NULL && i < registry->name_count; ++i)
         if (registry->names[i].snapshot != snapshot && is_held(registry->names[i].snapshot))
             holder = registry->names[i].text;
     for (const plora_snapshot *old = registry->retired; old != NULL; old = old->next)

@@ -129,7 +129,7 @@ static struct call call_new(struct setup *s, int64_t tokens)
     c.x_dtype = (int32_t)check_integer(0, 1);
     c.y_dtype = check_integer(0, 2) ? c.x_dtype : 1 - c.x_dtype;
     c.flags = check_integer(0, 1) ? PLORA_LINEAR_DELTA_ONLY : 0;
-    c.slots = malloc((size_t)(tokens + 1) * sizeof *c.slots);
+    c.slots = calloc((size_t)tokens + 1, sizeof *c.slots);
     CHECK(c.slots != NULL, "the test itself is out of memory");
     const int kind = (int)check_integer(0, 7);
     for (int64_t t = 0; t < tokens; ++t)
@@ -252,15 +252,15 @@ static void check_same(const struct setup *s, const struct call *c, unsigned cha
         const plora_matrix *y = &c->y[i].m;
         const size_t size = plora__dtype_size(y->dtype);
         const size_t at = (size_t)((unsigned char *)y->data - c->y[i].memory) + (size_t)(t * y->stride) * size;
-        CHECK(memcmp(rows[i] + at, c->y[i].memory + at, (size_t)y->columns * size) == 0, "y%d, token %lld %s: %s", i,
-              (long long)t, what, s->text);
+        CHECK(rows[i] != NULL && memcmp(rows[i] + at, c->y[i].memory + at, (size_t)y->columns * size) == 0,
+              "y%d, token %lld %s: %s", i, (long long)t, what, s->text);
     }
 }
 
 /* The loop that the batch stands for: one adapter after the other, the other tokens as those of the backbone alone. */
 static void check_one_by_one(const struct setup *s, struct call *c)
 {
-    unsigned char *rows[LAYERS_MAX];
+    unsigned char *rows[LAYERS_MAX] = {NULL};
     int32_t *slots = malloc((size_t)(c->tokens + 1) * sizeof *slots);
     CHECK(slots != NULL, "the test itself is out of memory");
     keep(c, s, rows);
@@ -353,7 +353,7 @@ static void test_forward_nothing(void **state)
 static void check_refused(struct setup *s, struct call *c)
 {
     const plora_matrix x = device_matrix(c->x.m);
-    plora_matrix y[LAYERS_MAX], other;
+    plora_matrix y[LAYERS_MAX] = {{NULL, 0, 0, 0, 0, 0}}, other;
     const int32_t beyond = 99;
     for (int32_t i = 0; i < s->layer_count; ++i)
         y[i] = device_matrix(c->y[i].m);
