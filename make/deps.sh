@@ -33,6 +33,7 @@ probe() {
             need libmicrohttpd-dev header microhttpd.h
             need libutf8proc-dev header utf8proc.h
             ;;
+        bench) need wrk has wrk ;;
         tests)
             need libcmocka-dev header cmocka.h
             need g++ has g++

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 
+import bench_serve
 import random_model
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -27,7 +28,7 @@ HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
 BATCH, TOKENS, RANK = 4, 256, 16
-PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train")
+PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train", "serve")
 PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
 
 
@@ -655,6 +656,21 @@ def add_training_limits(measured, dtype, limits, config, report):
         )
 
 
+# ---------------------------------------------------------------------------------------------------------- the server
+
+
+def measure_serving(bench, report):
+    heading("the server at 16 clients")
+    measured = bench_serve.measure(bench.build)
+    bench.measurements["serve"] = measured
+    rates, first = measured["tokens/s"], measured["first token, median s"]
+    for name in ("1 adapter", "8 adapters"):
+        report.add("serve_rate", "tokens/s of the server with adapters / without", rates[name] / rates["base"], part=name,
+                   ours={"tokens/s": rates[name]}, other={"tokens/s without": rates["base"]})
+        report.add("serve_first_token", "median seconds to the first token, 16 prompts of 64 tokens at once", first[name], part=name,
+                   ours={"s longest": measured["first token, longest s"][name]}, other={"s without": first["base"]})
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -699,6 +715,8 @@ def measure(bench, parts, report):
     if "unload" in parts:
         measure_unload(bench, limits, report)
     bench.measurements["training"] = training
+    if "serve" in parts:
+        measure_serving(bench, report)
     if "unload" in parts:
         lines = subprocess.run(
             [*PREFIX, bench.program("bench_kernels"), "5"], stdout=subprocess.PIPE, text=True, check=True

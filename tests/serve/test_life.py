@@ -100,10 +100,10 @@ def test_an_answer_that_takes_too_long(long_directory):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_let_requests_finish(long_directory, number):
-    server = Server("--model", long_directory, "--context", 100000, "--slots", 4)
-    want = server.text("the", "long", max_tokens=2000, ignore_eos=True)
+    server = Server("--model", long_directory, "--context", 100000, "--slots", 4, "--drain-seconds", 600)
+    want = server.text("the", "long", max_tokens=1000, ignore_eos=True)
     answers = []
-    askers = [threading.Thread(target=lambda: answers.append(server.text("the", "long", max_tokens=2000, ignore_eos=True))) for _ in range(4)]
+    askers = [threading.Thread(target=lambda: answers.append(server.text("the", "long", max_tokens=1000, ignore_eos=True))) for _ in range(4)]
     for asker in askers:
         asker.start()
     wait_until(lambda: server.metric("sequences_running") == 4)
