@@ -68,10 +68,10 @@ void scheduler_wake(struct scheduler *s)
     pthread_mutex_unlock(&s->lock);
 }
 
-/* Takes the queue's jobs that were cancelled, or all, out of it. */
-static void drop(struct scheduler *s, int all)
+/* Takes the queue's jobs that were cancelled, or all, out of it, and returns them as a list. */
+static struct job *drop(struct scheduler *s, int all)
 {
-    struct job **at = &s->queue;
+    struct job **at = &s->queue, *dropped = NULL;
     while (*at) {
         struct job *job = *at;
         if (!all && !atomic_load(&job->cancelled)) {
@@ -80,9 +80,11 @@ static void drop(struct scheduler *s, int all)
         }
         *at = job->next;
         s->queued--;
-        finish(s, job, JOB_CANCELLED, NULL);
+        job->next = dropped;
+        dropped = job;
     }
     s->queue_end = at;
+    return dropped;
 }
 
 /* Waits for work and moves jobs from the queue into slots. 0 = the end. */
@@ -92,7 +94,7 @@ static int admit(struct scheduler *s)
     while (!s->ending && !s->woken && !s->queue && s->running_count == 0)
         pthread_cond_wait(&s->work, &s->lock);
     s->woken = 0;
-    drop(s, s->ending);
+    struct job *dropped = drop(s, s->ending);
     while (s->queue && s->free_count > 0) {
         struct job *job = s->queue;
         s->queue = job->next;
@@ -105,6 +107,11 @@ static int admit(struct scheduler *s)
     metrics_set(s->options.metrics, GAUGE_WAITING, s->queued);
     const int go_on = !s->ending;
     pthread_mutex_unlock(&s->lock);
+    while (dropped) { /* not under the lock: owners wake the scheduler under theirs */
+        struct job *next = dropped->next;
+        finish(s, dropped, JOB_CANCELLED, NULL);
+        dropped = next;
+    }
     return go_on;
 }
 
