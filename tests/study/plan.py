@@ -33,7 +33,7 @@ def entry(phase, parts, lr, seeds=(1,), **settings):
 def core(phase, later, parts, rates, **common):
     """The five methods of claim 2: a grid of rates in one phase, the other seeds in a later one."""
     made = []
-    for method, lr in [({"method": "lora"}, rates), (PLORA, rates), (MOMENTUM, rates), (RESTARTS, rates), (FULL, [1e-3, 3e-3])]:
+    for method, lr in [({"method": "lora"}, rates), (PLORA, rates), (MOMENTUM, rates), (RESTARTS, rates), (FULL, [1e-3, 3e-3, 3e-4])]:
         made.append({**entry(phase, parts, lr, THREE, **{**method, **common}), "later": later})
     return made
 
