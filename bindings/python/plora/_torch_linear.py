@@ -170,13 +170,13 @@ def adapted_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
         raise InvalidArgument(f"the weight of layer '{layer.name}' requires a gradient: only its adapter is trained")
     if x.shape[-1] != layer.inputs:
         raise InvalidArgument(f"layer '{layer.name}': x is {list(x.shape)}: the last dimension must be {layer.inputs}")
+    if x.device != adapters.device:
+        raise InvalidArgument(f"layer '{layer.name}': x is on {x.device}, the weight on {adapters.device}")
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
     elif x.dtype != weight.dtype:
         raise InvalidArgument(f"layer '{layer.name}': x is {x.dtype}, the weight {weight.dtype}")
-    if x.device != adapters.device:
-        raise InvalidArgument(f"layer '{layer.name}': x is on {x.device}, the weight on {adapters.device}")
     mask = adapters.mask() if adapters.dropout > 0.0 and module.training else None
     if not torch.is_grad_enabled():
         return layer.forward(module, x, mask)

@@ -82,8 +82,6 @@ class _Adapted:
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return adapted_forward(self, x)
 
-    forward._torchdynamo_disable = True  # type: ignore[attr-defined]
-
     def __reduce_ex__(self, _: Any) -> Any:
         raise TypeError(
             f"layer '{self._plora_layer.name}' has an adapter, whose memory is libplora's: it cannot be pickled or copied. Use "
@@ -450,6 +448,15 @@ def _library_is_faster(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def _keep_out_of_compile() -> None:
+    """torch.compile breaks its graph around an adapted layer: calls of the library are nothing that it could trace."""
+    if _Adapted.forward is _traced_forward:
+        _Adapted.forward = torch.compiler.disable(_traced_forward)  # type: ignore[method-assign]
+
+
+_traced_forward = _Adapted.forward
+
+
 def _attach(model: nn.Module, options: Dict[str, Any], base: str, threads: int, deterministic: Optional[bool]) -> Adapters:
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"a {type(model).__name__} is no torch.nn.Module")
@@ -483,6 +490,7 @@ def _attach(model: nn.Module, options: Dict[str, Any], base: str, threads: int, 
             layer.name, matrix, address, dtype, layer.swapped, layer.head, (weight, bias)
         )
     core = _handles.Adapters(core_model, **options)
+    _keep_out_of_compile()
     parameters = list(model.parameters())
     trainable = {parameter: parameter.requires_grad for parameter in parameters}
     for parameter in parameters:

@@ -19,12 +19,12 @@ class Data(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-def train(folder, steps, own=True, resume=None, **options):
+def train(folder, last, own=True, resume=None, **options):
     model = models.llama()
     adapters = pt.attach(model, 4)
     callback = PeriodicUnload(adapters, **(options or {"every": 2}))
     arguments = TrainingArguments(
-        output_dir=str(folder), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=3,
+        output_dir=str(folder), max_steps=last, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=3,
         logging_steps=1, learning_rate=1e-2, lr_scheduler_type="constant", report_to=[], use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
     optimizer = pt.AdamW(adapters, lr=1e-2, schedule="cosine", period=5) if own else None
