@@ -92,7 +92,7 @@ $(BUILD)/tests/bench/%.o: EXTRA = -Itests
 $(BUILD)/bench/%: $(BUILD)/tests/bench/%.o $(SUPPORT) $(filter-out %/main.o,$(FINETUNE)) $(BUILD)/libplora.a
 	$(PROGRAM) -lcjson $(LIBS)
 
-include make/python.mk make/serve.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/study.mk make/install.mk
+include make/python.mk make/bindings.mk make/serve.mk make/cuda.mk make/emulator.mk make/emulated.mk make/ladder.mk make/checks.mk make/study.mk make/install.mk
 
 .PHONY: force clean help
 force:
@@ -115,6 +115,7 @@ help:
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
 	@echo 'make study [STUDY=claim3]  the paper'\''s claims on small models, some hours; study-report only writes docs/study.md'
 	@echo 'make precision             what 16-bit weights hold after many unloads, by rounding; tensor-sums: errors of tensor-core sums'
+	@echo 'make wheel                 the Python package with the library in it; test-bindings: its tests'
 	@echo 'make install               PREFIX=/usr/local DESTDIR='
 	@echo 'make deps                  installs what all of these need'
 	@echo 'Variables                  BUILD CC CFLAGS LDFLAGS PREFIX DESTDIR CUDA=0 CUDA_HOME'

@@ -2,7 +2,7 @@
 
 # ---------------------------------------------------------------------------------------------------------------- test
 # CHECKS are further suites, each a target of this Makefile.
-CHECKS ?= header abi test-install without-cuda kill-finetune tensor-sums $(if $(filter 1,$(CUDA)),test-emulator test-ladder)
+CHECKS ?= header abi test-bindings test-install without-cuda kill-finetune tensor-sums $(if $(filter 1,$(CUDA)),test-emulator test-ladder)
 CHECK_SUITES = $(foreach check,$(CHECKS),'$(check)=$(MAKE) --no-print-directory BUILD=$(BUILD) $(check)')
 PYTEST := $(if $(wildcard tests/python/test_*.py),\
     'python=PLORA_BUILD=$(BUILD) $(BUILD)/venv-test/bin/python -m pytest -q -p no:cacheprovider tests/python' \

@@ -22,6 +22,7 @@ from ._handles import (
 from ._native import (
     BackendFailure,
     BackendUnavailable,
+    Busy,
     Error,
     InputOutput,
     InvalidArgument,
@@ -37,7 +38,7 @@ from ._native import (
 __version__ = version()
 
 __all__ = [
-    "Adapter", "Adapters", "BackendFailure", "BackendUnavailable", "Context", "Error", "InputOutput", "InvalidArgument",
+    "Adapter", "Adapters", "BackendFailure", "BackendUnavailable", "Busy", "Context", "Error", "InputOutput", "InvalidArgument",
     "LayerReport", "Ledger", "Malformed", "Model", "NonFinite", "NotFound", "Optimizer", "OutOfMemory", "ShapeMismatch",
     "StepReport", "Unsupported", "UnloadReport", "load_checkpoint", "save_checkpoint", "version",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from . import _abi
 
 __all__ = [
     "Error", "InvalidArgument", "OutOfMemory", "ShapeMismatch", "Unsupported", "NotFound", "NonFinite", "InputOutput",
-    "Malformed", "BackendUnavailable", "BackendFailure", "byref", "check", "create", "find", "lib", "struct", "version",
+    "Malformed", "BackendUnavailable", "BackendFailure", "Busy", "byref", "check", "create", "find", "lib", "struct", "version",
 ]  # fmt: skip
 
 
@@ -67,11 +67,15 @@ class BackendFailure(Error):
     status = _abi.PLORA_ERROR_BACKEND
 
 
+class Busy(Error):
+    status = _abi.PLORA_ERROR_BUSY
+
+
 _ERRORS = {
     kind.status: kind
     for kind in (
         InvalidArgument, OutOfMemory, ShapeMismatch, Unsupported, NotFound, NonFinite, InputOutput, Malformed,
-        BackendUnavailable, BackendFailure,
+        BackendUnavailable, BackendFailure, Busy,
     )
 }  # fmt: skip
 

@@ -70,7 +70,7 @@ def _problem(module: nn.Module) -> str:
     base = nn.Linear if isinstance(module, nn.Linear) else next(k for k in kind.__mro__ if k.__name__ == "Conv1D")
     if kind.forward is not base.forward or "forward" in module.__dict__:
         return f"is a {kind.__module__}.{kind.__name__}, whose forward() is its own"
-    if type(weight) not in (nn.Parameter, torch.Tensor) and not hasattr(weight, "to_local"):
+    if type(weight) not in (nn.Parameter, torch.Tensor):  # DTensor among them
         return f"has a weight of type {type(weight).__name__}"
     if hasattr(module, "parametrizations"):
         return "has a parametrized weight"

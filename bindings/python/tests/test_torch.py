@@ -440,7 +440,7 @@ def test_bad_use_raises_and_never_crashes():
     for call in (optimizer.step, adapters.digest, adapters.unload, lambda: adapters.layer("0"), lambda: pt.AdamW(adapters)):
         with pytest.raises(plora.Error, match="detached"):
             call()
-    del adapters, optimizer, model, y
+    adapters = optimizer = model = y = call = None  # noqa: F841
     gc.collect()
     gradients += parameters.detach()
 
