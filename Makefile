@@ -114,7 +114,7 @@ help:
 	@echo 'make interop               SmolLM2-135M against transformers, PEFT and llama.cpp; installs torch, compiles llama.cpp'
 	@echo 'make bench [PEERS=1]       measures, and writes $(BUILD)/bench.json'
 	@echo 'make study [STUDY=claim3]  the paper'\''s claims on small models, some hours; study-report only writes docs/study.md'
-	@echo 'make precision             what 16-bit weights hold after many unloads, by rounding; tensor-sums: errors of tensor-core sums'
+	@echo 'make precision             what 16-bit, int8 and NF4 weights hold after many unloads; tensor-sums: errors of tensor-core sums'
 	@echo 'make wheel                 the Python package with the library in it; test-bindings: its tests'
 	@echo 'make install               PREFIX=/usr/local DESTDIR='
 	@echo 'make deps                  installs what all of these need'

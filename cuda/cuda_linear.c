@@ -8,7 +8,7 @@
  * The base product. cuBLAS multiplies in and W as they are where both are bf16 or both fp32, straight into `out` where that is no
  * narrower than allowed: bf16 is rounded twice, by cuBLAS and with the low-rank part. Where a bias would come between the two, or the
  * dtypes are not what cuBLAS multiplies, the product is made in fp32 by panels in the workspace, widened from W (and `in`) as needed;
- * expand then rounds it once:
+ * expand then rounds it once. So are the panels of a quantised W dequantised, to bf16 where x and `in` are of it:
  *
  *     W [O,D]   +---- DEPTH ----+------     one panel of W and of `in` after the other, all added to sum[T,WIDTH]
  *         WIDTH |               |
@@ -69,6 +69,7 @@ struct plan {
 static int is_direct(const struct side *side)
 {
     const int32_t in = side->in->dtype;
+    if (side->args->quantised != NULL) return 0;
     return in == side->args->weight.dtype && (in == PLORA_BF16 || side->out->dtype == PLORA_F32);
 }
 
@@ -76,6 +77,13 @@ static int is_direct(const struct side *side)
 static int needs_sum(const struct side *side)
 {
     return side->out->dtype != PLORA_F32 && (side->has_bias || !is_direct(side));
+}
+
+/* In what dtype `in` and a panel of W are multiplied when they are not as they are: a quantised W is made bf16 where `in` is. */
+static int32_t panel_dtype(const struct side *side)
+{
+    const int bf16 = side->in->dtype == PLORA_BF16 && side->args->weight.dtype == PLORA_BF16;
+    return side->args->quantised != NULL && bf16 ? PLORA_BF16 : PLORA_F32;
 }
 
 static struct side forward_side(const struct plora__linear_args *args, const struct plan *plan)
@@ -168,8 +176,9 @@ static struct plan make_plan(const struct cuda_device *device, const struct plor
     }
     const struct side side = is_forward ? forward_side(args, &plan) : backward_side(args, &plan);
     if (!is_direct(&side)) {
-        if (args->weight.dtype != PLORA_F32) plan.weight_panel = reserve(&plan, (int64_t)WIDTH * DEPTH * size);
-        if (side.in->dtype != PLORA_F32) plan.in_panel = reserve(&plan, tokens * DEPTH * size);
+        if (args->weight.dtype != PLORA_F32 || args->quantised != NULL)
+            plan.weight_panel = reserve(&plan, (int64_t)WIDTH * DEPTH * size);
+        if (side.in->dtype != panel_dtype(&side)) plan.in_panel = reserve(&plan, tokens * DEPTH * size);
     }
     if (needs_sum(&side)) plan.sum_panel = reserve(&plan, tokens * WIDTH * size);
     return plan;
@@ -407,6 +416,19 @@ static plora_status widen(struct cuda_device *device, struct operand *operand, i
                   stream);
 }
 
+/* The panel of a quantised weight from (row, column) on. */
+static plora_status dequantise(struct cuda_device *device, const struct plora__linear_args *args,
+                               struct operand *operand, int64_t row, int64_t column, int64_t rows, int64_t columns,
+                               void *panel, int64_t panel_stride, int32_t dtype, void *stream)
+{
+    const struct plora__dequantise_args panel_args = {.weight = *args->quantised,
+                                                      .first_row = row,
+                                                      .first_column = column,
+                                                      .out = {panel, rows, columns, panel_stride, dtype, 0}};
+    *operand = (struct operand){panel, panel_stride, dtype};
+    return cuda_dequantise(device, &panel_args, stream);
+}
+
 /* [first, first + columns) of `out`: what it holds or not, the fp32 sum or NULL, bias, and the low-rank part. */
 static plora_status expand(struct cuda_device *device, const struct side *side, const struct plan *plan, int64_t first,
                            int64_t columns, const float *sum, int32_t keep_out, void *stream)
@@ -457,13 +479,20 @@ static plora_status base_panel(struct cuda_device *device, const struct side *si
         p.terms = at_most(in->columns - begin, depth);
         const int64_t row = p.by_output ? first : begin, column = p.by_output ? begin : first;
         p.in = (struct operand){element(in->data, begin, in->dtype), in->stride, in->dtype};
-        p.weight = (struct operand){element(weight->data, row * weight->stride + column, weight->dtype), weight->stride,
-                                    weight->dtype};
-        if (!direct && p.in.dtype != PLORA_F32)
+        if (!direct && p.in.dtype != panel_dtype(side))
             PLORA_TRY(widen(device, &p.in, p.rows, p.terms, in_workspace(args, plan->in_panel), DEPTH, stream));
-        if (!direct && p.weight.dtype != PLORA_F32)
-            PLORA_TRY(widen(device, &p.weight, p.by_output ? columns : p.terms, p.by_output ? p.terms : columns,
-                            in_workspace(args, plan->weight_panel), p.by_output ? DEPTH : WIDTH, stream));
+        const int64_t weight_rows = p.by_output ? columns : p.terms, weight_columns = p.by_output ? p.terms : columns;
+        void *panel = in_workspace(args, plan->weight_panel);
+        if (args->quantised != NULL) {
+            PLORA_TRY(dequantise(device, args, &p.weight, row, column, weight_rows, weight_columns, panel,
+                                 p.by_output ? DEPTH : WIDTH, panel_dtype(side), stream));
+        } else {
+            p.weight = (struct operand){element(weight->data, row * weight->stride + column, weight->dtype),
+                                        weight->stride, weight->dtype};
+            if (!direct && p.weight.dtype != PLORA_F32)
+                PLORA_TRY(
+                    widen(device, &p.weight, weight_rows, weight_columns, panel, p.by_output ? DEPTH : WIDTH, stream));
+        }
         PLORA_TRY(multiply(device, args, plan, &p, stream));
         p.accumulate = 1;
     }

@@ -217,9 +217,115 @@ PLORA_API int32_t plora_model_layer_count(const plora_model *model);
 /* NOT_FOUND if there is no layer of that exact name. @since 0.1 */
 PLORA_API plora_status plora_model_find_layer(const plora_model *model, const char *name, int32_t *layer);
 
-/* Describes a layer; the pointers in it belong to the model. The weight of an opened model may be written by the host.
+/* Describes a layer; the pointers in it belong to the model. The weight of an opened model may be written by the host. That of a
+ * quantised layer has a shape and no data: plora_model_quantised() describes it.
  * @since 0.1 */
 PLORA_API plora_status plora_model_layer(const plora_model *model, int32_t layer, plora_linear *linear);
+
+/* ---------------------------------------------------------------------------------------------------- quantised weights */
+
+enum { PLORA_QUANTISED_INT8 = 0, PLORA_QUANTISED_NF4 = 1 };
+
+/* A weight W[rows, columns] in 8 or 4 bits, in memory of the context's device that is the host's. Element e = i * columns + j:
+ *
+ *     INT8  W(i,j) = codes[e] * scales[i * ceil(columns / group) + j / group]      int8_t codes, F32 scales
+ *     NF4   W(e) = nf4[code(e)] * absmax(e / 64)           code(e) is the upper half of byte e / 2 when e is even, else the lower
+ *           absmax(b) = scales[b], or doubly quantised map[nested_codes[b]] * scales[b / 256] + offset
+ *
+ * NF4 is laid out as by bitsandbytes (blocksize 64; of its QuantState, absmax is `scales`; doubly quantised, absmax is `nested_codes`,
+ * state2.absmax `scales`, state2.code `map`). The sixteen values are those of arXiv 2305.14314. */
+typedef struct plora_quantised {
+    void *codes;           /* INT8: rows * columns bytes; NF4: half as many, rounded up */
+    float *scales;         /* see above */
+    uint8_t *nested_codes; /* one for each 64 elements, NULL when absmax is not quantised itself */
+    const float *map;      /* [256] rising, of the nested codes; NULL without them */
+    int64_t rows;
+    int64_t columns;
+    int64_t group;  /* INT8: columns that share a scale, 0 = a whole row; NF4: 0 */
+    int32_t format; /* PLORA_QUANTISED_... */
+    float offset;   /* of the absmax, when doubly quantised */
+} plora_quantised;
+
+#define PLORA_QUANTISED_INIT                                                                                           \
+    {                                                                                                                  \
+        NULL, NULL, NULL, NULL, 0, 0, 0, PLORA_QUANTISED_NF4, 0.0f                                                     \
+    }
+
+/* The bytes of its arrays, from rows, columns, group and format; nested = 1: doubly quantised. Any output may be NULL.
+ * Errors: INVALID_ARGUMENT (format, group, nested with INT8), SHAPE. @since 0.1 */
+PLORA_API plora_status plora_quantised_size(const plora_quantised *weight, int32_t nested, size_t *codes,
+                                            size_t *scales, size_t *nested_codes);
+
+/* bitsandbytes' map of 8 bits, signed and dynamic (arXiv 1511.04561), into map[256] in host memory. @since 0.1 */
+PLORA_API plora_status plora_quantised_map(float *map);
+
+enum {
+    PLORA_QUANTISE_KEEP_OFFSET = 1 /* doubly quantised: with the offset that `weight` has, not the mean of the absmax */
+};
+
+/* Quantises values[rows, columns], F32, BF16 or F16, in host or device memory, into the arrays of `weight`; sets its offset. To nearest:
+ *     INT8  scale = max|W| / 127 of each group, code = W / scale, ties to even
+ *     NF4   absmax = max|W| of 64 elements, code = the nearest value to W * (1 / absmax); doubly quantised offset = the mean of all absmax,
+ *           and by 256 blocks, with d = absmax - offset, scale = max|d|, nested code = the nearest of `map` to d * (1 / scale). Halfway
+ *           the lower. bitsandbytes' rules, and codes; its mean is summed in another order and may differ in the last places.
+ * The same bits on every backend: the codes are made on the host's processor, by the context's threads, a run at a time. Takes a few MB
+ * of memory. Waits for the stream. On an error nothing is written but by a failing device.
+ * Errors: NON_FINITE (naming the element), INVALID_ARGUMENT, SHAPE, OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_quantise(plora_context *context, const plora_matrix *values, plora_quantised *weight,
+                                      uint32_t flags, void *stream);
+
+/* Writes W to out[rows, columns], F32 or BF16, in device memory. Each operation is rounded to fp32: the same bits on every backend.
+ * Errors: INVALID_ARGUMENT, SHAPE, UNSUPPORTED (dtype). @since 0.1 */
+PLORA_API plora_status plora_dequantise(plora_context *context, const plora_quantised *weight, const plora_matrix *out,
+                                        void *stream);
+
+/* What an unload adds to. The master is the layer's weight in F32, in host memory; the codes are made from it, when the layer is added and
+ * after each unload: codes = quantise(master) at all times, with the offset and map of the layer. */
+enum {
+    PLORA_MASTER_NONE = 0, /* no master: the codes are taken as they are, to be trained on, not to be unloaded into */
+    PLORA_MASTER_HOST =
+        1, /* `values` itself, F32 in host memory, which unloads write: 4 bytes a weight of the host's, or a file that it
+                              * has mapped */
+    PLORA_MASTER_MEMORY = 2, /* memory of the library's, at first a copy of `values` */
+    PLORA_MASTER_FILE =
+        3 /* the same in a file without a name in `directory`, mapped, that may be larger than memory. It is working
+                              * memory and ends with the process, whatever happens; what lasts are checkpoints and ledgers */
+};
+
+/* A linear layer with a quantised weight. */
+typedef struct plora_quantised_linear {
+    size_t struct_size;
+    const char *name;       /* as in plora_linear, with bias and flags */
+    plora_quantised weight; /* not copied; with a master its codes, scales and nested codes are written */
+    const void *bias;
+    int32_t bias_dtype;
+    int32_t flags;
+    int32_t master; /* PLORA_MASTER_... */
+    int32_t reserved;
+    plora_matrix
+        values; /* MEMORY and FILE: F32, BF16 or F16, in host or device memory, read once; data NULL = what the codes hold */
+    const char *directory; /* FILE */
+} plora_quantised_linear;
+
+#define PLORA_QUANTISED_LINEAR_INIT                                                                                    \
+    {                                                                                                                  \
+        sizeof(plora_quantised_linear), NULL, PLORA_QUANTISED_INIT, NULL, 0, 0, PLORA_MASTER_NONE, 0,                  \
+            {NULL, 0, 0, 0, 0, 0}, NULL                                                                                \
+    }
+
+/* Adds a layer as plora_model_add_linear() does. W[N,K], or [K,N] with FAN_IN_FAN_OUT, is dequantised in panels wherever it is multiplied,
+ * never as a whole: to bf16 where x is BF16 and the product is one of bf16, else to fp32. Layers with the very same codes are tied; the
+ * first one's master counts, the others have MASTER_NONE. Waits for the device.
+ * Errors: as plora_model_add_linear(); NON_FINITE (values, naming the element), IO (directory, no space). @since 0.1 */
+PLORA_API plora_status plora_model_add_quantised(plora_model *model, const plora_quantised_linear *linear,
+                                                 int32_t *layer);
+
+/* Describes a quantised layer; `values` is its master, data NULL without one. NOT_FOUND when the layer is not quantised. @since 0.1 */
+PLORA_API plora_status plora_model_quantised(const plora_model *model, int32_t layer, plora_quantised_linear *linear);
+
+/* Makes the codes of all layers that have a master anew, for a host that has written masters itself. They must be finite, which is not
+ * checked. Waits for the stream. Errors: OUT_OF_MEMORY. @since 0.1 */
+PLORA_API plora_status plora_model_requantise(plora_model *model, void *stream);
 
 /* Finds a tensor of an opened model by its full name ("model.norm.weight"), as a matrix: a vector has one row, a higher
  * rank is folded into rows. NOT_FOUND if absent, UNSUPPORTED if its dtype is none of PLORA_F32, BF16, F16. @since 0.1 */
@@ -230,9 +336,10 @@ PLORA_API plora_status plora_model_find_tensor(const plora_model *model, const c
 PLORA_API plora_status plora_model_clear_residuals(plora_model *model, void *stream);
 
 /* Writes all tensors of an opened model with their present values, in their original dtype, order and metadata, as one
- * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers. Atomic: a temporary file
- * beside `path`, fsync, rename; on an error `path` is as it was. Residuals are not in it: they are in checkpoints.
- * Errors: IO, OUT_OF_MEMORY. @since 0.1 */
+ * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers, of quantised ones the master.
+ * Atomic: a temporary file beside `path`, fsync, rename; on an error `path` is as it was. Residuals are not in it: they are in
+ * checkpoints.
+ * Errors: IO, OUT_OF_MEMORY, UNSUPPORTED (a quantised layer without a master). @since 0.1 */
 PLORA_API plora_status plora_model_save(const plora_model *model, const char *path);
 
 /* ----------------------------------------------------------------------------------------------------------- adapters */
@@ -492,15 +599,19 @@ typedef struct plora_unload_options {
     double momentum;  /* m in (0, 1]: the share that moves into the backbone; 1 = all of it */
     int32_t moments;  /* PLORA_MOMENTS_... */
     int32_t rounding; /* PLORA_ROUND_... */
+    /* 1: quantised weights without a master are unloaded into all the same: dequantised, added to, quantised again, a run at a time, which
+     * loses nearly everything (docs/precision.md). 0: refused. */
+    int32_t without_master;
+    int32_t reserved;
 } plora_unload_options;
 
 #define PLORA_UNLOAD_OPTIONS_INIT                                                                                      \
     {                                                                                                                  \
-        sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_DEFAULT                                  \
+        sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_DEFAULT, 0, 0                            \
     }
 
-/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that is held: by the dtype, and with RESIDUAL by
- * weight and residual together. */
+/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that is held: by the dtype, with RESIDUAL by
+ * weight and residual together, of a quantised weight by its master, or without one by what the codes hold. */
 typedef struct plora_unload_layer {
     int32_t layer;
     int32_t rank;
@@ -512,6 +623,10 @@ typedef struct plora_unload_layer {
     double lost_max;       /* max |D - (W' - W)| */
     double effective_rank; /* (sum sigma^2)^2 / sum sigma^4 over the singular values of B A; 0 when D = 0 */
     double lost_rms;       /* rms of D - (W' - W) */
+    /* Of a weight with a master, else 0: rms and max of what products see less the master. It does not add up: the next unload starts from
+     * the master. */
+    double quantised_rms;
+    double quantised_max;
 } plora_unload_layer;
 
 typedef struct plora_unload_report {
@@ -527,24 +642,28 @@ typedef struct plora_unload_report {
     double effective_rank;      /* mean over the weights */
     plora_unload_layer *layers; /* caller's array, or NULL: the first layer_capacity weights, in layer order */
     int64_t layer_capacity;
-    double lost_rms; /* over all merged weights, as above */
+    double lost_rms;      /* over all merged weights, as above */
+    double quantised_rms; /* over those with a master */
+    double quantised_max;
 } plora_unload_report;
 
 #define PLORA_UNLOAD_REPORT_INIT                                                                                       \
     {                                                                                                                  \
-        sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0, 0.0                               \
+        sizeof(plora_unload_report), 0, 0, 0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, NULL, 0, 0.0, 0.0, 0.0                     \
     }
 
 /* Ends a stage (arXiv 2402.16141). With m = momentum and k = sqrt(1 - m), for every adapter:
  *     W <- round(W + m s B A)            fp32 accumulation, one rounding, no N x K temporary
  *     m = 1:  A <- fresh init of the next stage, B <- 0, and the optimizer as RESET
  *     m < 1:  A <- k A, B <- k B         so the function of the model is the same before and after: m + k^2 = 1
- * up to the rounding of W, which the report measures. The gradient arena is set to 0. Asking for a report costs time: the
+ * up to the rounding of W, which the report measures. A quantised weight's master is merged into, in fp32, and its codes made from it
+ * again, panel by panel, on the host's processor. The gradient arena is set to 0. Asking for a report costs time: the
  * figures are reduced in the same pass over W.
  * optimizer (may be NULL) must belong to `adapters`. options and report may be NULL. On CUDA the call waits for the stream: it
  * looks at A and B before it writes; UNSUPPORTED on a stream that is being captured.
  * Everything is checked before the first write: on an error nothing has changed. Errors: NON_FINITE (a value of A or B, or a
- * weight that would overflow its dtype; the message names the layer), INVALID_ARGUMENT (NEAREST or STOCHASTIC where a weight keeps a
+ * weight that would overflow its dtype; the message names the layer), UNSUPPORTED (a quantised weight without a master; the message says
+ * which share of the update it would have captured), INVALID_ARGUMENT (NEAREST or STOCHASTIC where a weight keeps a
  * residual, RESIDUAL where one keeps none; the message names both). @since 0.1 */
 PLORA_API plora_status plora_unload(plora_adapters *adapters, plora_optimizer *optimizer,
                                     const plora_unload_options *options, plora_unload_report *report, void *stream);
@@ -888,8 +1007,9 @@ PLORA_API plora_status plora_registry_stats(plora_registry *registry, plora_regi
  * alone. While it lasts, slots of that snapshot in a batch add nothing, other snapshots are refused, and so is what else writes
  * the weights (plora_unload(), plora_ledger_roll_back(), plora_checkpoint_load()). One at a time for a model. Both wait for the device and
  * must not overlap with calls that read the weights. Everything is checked before the first write. The end of a registry unmerges.
- * Errors: NOT_FOUND; BUSY (a merge already; snapshots of other names are held; a batch has them); NON_FINITE (a weight would overflow its
- * dtype, naming the layer); INVALID_ARGUMENT (_unmerge: nothing is merged); OUT_OF_MEMORY. @since 0.1 */
+ * Errors: NOT_FOUND; UNSUPPORTED (a quantised weight); BUSY (a merge already; snapshots of other names are held; a batch has them);
+ * NON_FINITE (a weight would overflow its dtype, naming the layer); INVALID_ARGUMENT (_unmerge: nothing is merged); OUT_OF_MEMORY.
+ * @since 0.1 */
 PLORA_API plora_status plora_registry_merge(plora_registry *registry, const char *name);
 PLORA_API plora_status plora_registry_unmerge(plora_registry *registry);
 

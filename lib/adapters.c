@@ -138,6 +138,7 @@ void plora__adapters_release(plora_adapters *adapters)
     const size_t count = (size_t)adapters->adapter_count;
     plora__device_free(context, adapters->parameters, arena_bytes);
     plora__device_free(context, adapters->gradients, arena_bytes);
+    plora__requantise_free(adapters);
     plora__device_free(context, adapters->own_workspace, adapters->own_workspace_bytes);
     plora__device_free(context, adapters->merge_workspace, adapters->merge_workspace_bytes);
     plora__device_free(context, adapters->residual_staging, adapters->residual_staging_bytes);
@@ -331,6 +332,7 @@ plora_status plora__adapters_build(plora_model *model, const plora_adapters_opti
     PLORA_TRY_OUT(make_segments(created));
     PLORA_TRY_OUT(allocate_findings(created));
     PLORA_TRY_OUT(allocate_scratch(created));
+    PLORA_TRY_OUT(plora__requantise_prepare(created));
     PLORA_TRY_OUT(plora__residuals_keep(created)); /* last: other sets see them */
     *adapters = created;
     return PLORA_OK;

@@ -31,6 +31,9 @@ struct plora__linear_args {
     int32_t accumulate;     /* backward: add to dx */
     int32_t bias_dtype;
     plora_matrix weight;
+    /* Not NULL: W is this, dequantised panel by panel; weight has its shape, no data, and the dtype of x, to which panels are rounded where
+     * the product is one of bf16. */
+    const struct plora__quantised *quantised;
     const void *bias;  /* [N] or NULL */
     const float *a;    /* [R,K] */
     const float *b;    /* [N,R] */
@@ -100,6 +103,9 @@ struct plora__merge_draw {
     int32_t layer;
 };
 
+/* What is done of a merge: all; some rows of a weight, whose sums have no effective rank; or nothing but sums->effective_rank. */
+enum { PLORA__MERGE_WHOLE, PLORA__MERGE_ROWS, PLORA__MERGE_RANK };
+
 /* W += m s B A on one weight, seen as W[rows, columns] += factor * left[rows, R] right[R, columns]:
  * left = B, right = A, or with fan_in_fan_out left = A^T, right = B^T. The sum is formed in fp32 and rounded once. */
 struct plora__merge_args {
@@ -116,6 +122,7 @@ struct plora__merge_args {
     uint16_t *residual; /* the low halves of W, [rows, columns] */
     int64_t residual_stride;
     struct plora__merge_sums *sums; /* NULL = no report */
+    int32_t part;                   /* PLORA__MERGE_...; on CUDA WHOLE */
     /* Not NULL: a trial. W stays as it is, and this becomes the number of finite elements of W that the merge would make
      * infinite or NaN. */
     int64_t *overflows;
@@ -232,6 +239,36 @@ struct plora__dequantise_args {
     plora_matrix out; /* the panel, F32 or BF16 (rounded once more) */
 };
 
+/* How far quantised values are from what they stand for. */
+struct plora__quantise_sums {
+    double square, max; /* sum and largest of |value - W| */
+};
+
+/* Makes the codes of a run of elements, in host memory, whatever the context's device: full-precision masters lie there.
+ *
+ *     INT8   scale = max|W| / 127 of the group, code = W / scale rounded to nearest, ties to even
+ *     NF4    absmax = max|W| of 64, code = the value nearest to W * (1 / absmax) (nf4.h); 0 where absmax is 0.
+ *            Doubly quantised: with d = absmax - offset, scale = max|d| of 256, nested code = the nearest of `map` to
+ *            d * (1 / scale), halfway the lower; 0 where scale is 0. Both are bitsandbytes' rules.
+ *
+ * Each operation is rounded to fp32. W must be finite. */
+enum { PLORA__QUANTISE_UNIT = PLORA__NF4_BLOCK * PLORA__NF4_NESTED_BLOCK, PLORA__QUANTISE_UNITS = 64 };
+
+struct plora__quantise_args {
+    plora_matrix values; /* W, F32, BF16 or F16 */
+    int32_t format;
+    float offset;
+    int64_t group;
+    const float *map; /* [256] rising; NULL = not doubly quantised */
+    /* In elements, row after row. INT8: whole rows, at most UNITS times those that fit into a UNIT. NF4: at most UNITS * UNIT, of which
+     * the first begins a block (and one of 256 blocks). */
+    int64_t first, count;
+    void *codes; /* of the run, as are the others; of an odd number of nibbles the last half byte is 0 */
+    float *scales;
+    uint8_t *nested_codes;
+    struct plora__quantise_sums *sums; /* of the run, or NULL */
+};
+
 /* The host memory of a context, for what a backend keeps on the host: 64-byte aligned, counted in plora_memory_stats(). */
 struct plora__host_memory {
     plora_status (*allocate)(void *owner, size_t bytes, void **memory);
@@ -285,6 +322,7 @@ struct plora_backend {
     int64_t (*batch_panel_count)(int64_t out_features, int64_t rank);
     void (*batch_pack)(const float *b, int64_t out_features, int64_t rank, float *panels);
     plora_status (*dequantise)(void *device, const struct plora__dequantise_args *args, void *stream);
+    plora_status (*quantise)(void *device, const struct plora__quantise_args *args); /* CPU only */
 };
 
 /* The table of PLORA_BACKEND_..., or NULL for an unknown number. */

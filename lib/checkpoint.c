@@ -1,7 +1,7 @@
 /* checkpoint.c: the state of a run as one safetensors file.
  *
  *     tensors     parameters, first_moment, second_moment [count] fp32: the arenas as they lie in memory
- *                 weight.<layer> [rows, columns] in the weight's dtype, with PLORA_CHECKPOINT_WEIGHTS
+ *                 weight.<layer> [rows, columns] in the weight's dtype, with PLORA_CHECKPOINT_WEIGHTS; of a quantised one its master
  *                 residual.<layer> [rows, columns] U16, of weights that keep one: with the weights, or when no ledger has them
  *     metadata    state: counters that a load restores
  *                 options: what must be the same in the run that loads, compared as text
@@ -201,7 +201,8 @@ static plora_status list_tensors(const plora_adapters *adapters, const struct pl
     *tensors = (struct tensors){.bytes = names_at};
     for (int32_t i = 0; i < adapters->adapter_count; ++i)
         tensors->bytes += 2 * (strlen(model->layers[adapters->adapters[i].layer].name) + sizeof residual_prefix);
-    PLORA_TRY(plora__allocate(model->context, tensors->bytes, &tensors->block));
+    PLORA_TRY(
+        plora__allocate(model->context, tensors->bytes, &tensors->block)); /* the caller frees it, whatever follows */
     tensors->list = tensors->block;
     tensors->shapes = (int64_t(*)[2])((char *)tensors->block + shapes_at);
     tensors->names = (char *)tensors->block + names_at;
@@ -213,6 +214,8 @@ static plora_status list_tensors(const plora_adapters *adapters, const struct pl
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const char *layer = model->layers[adapters->adapters[i].layer].name;
         const plora_matrix *weight = &weight_of(adapters, i)->matrix;
+        PLORA_CHECK(!weights || weight->data != NULL, PLORA_ERROR_UNSUPPORTED,
+                    "layer '%s' is quantised without a master: its weights cannot be in a checkpoint", layer);
         if (weights) list_matrix(tensors, weight_prefix, layer, weight, plora__dtype_name(weight->dtype));
     }
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
@@ -629,6 +632,7 @@ plora_status plora_checkpoint_load(plora_adapters *adapters, plora_optimizer *op
     else if (ledger != NULL)
         ledger->position = -1;
     PLORA_TRY_OUT(copy_all(context, &file, &tensors));
+    if (has_weights(&file)) PLORA_TRY_OUT(plora__requantise_set(adapters));
     if (ledger != NULL && replay.ledger == NULL) PLORA_TRY_OUT(follow_weights(ledger, position));
     if (optimizer != NULL)
         PLORA_TRY_OUT(context->backend->clear(context->device, optimizer->state, sizeof *optimizer->state, NULL));

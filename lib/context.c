@@ -90,6 +90,24 @@ plora_status plora_context_create(const plora_context_options *given, plora_cont
     return PLORA_OK;
 }
 
+plora_status plora__host_device_open(plora_context *context, void **device)
+{
+    if (context->backend == &plora__cpu_backend) {
+        *device = context->device;
+        return PLORA_OK;
+    }
+    plora_context_options options = PLORA_CONTEXT_OPTIONS_INIT;
+    options.threads = context->options.threads;
+    options.deterministic = context->options.deterministic;
+    const struct plora__host_memory memory = {allocate_for_backend, release_for_backend, context};
+    return plora__cpu_backend.open(&options, &memory, device);
+}
+
+void plora__host_device_close(const plora_context *context, void *device)
+{
+    if (device != NULL && context->backend != &plora__cpu_backend) plora__cpu_backend.close(device);
+}
+
 void plora__context_retain(plora_context *context)
 {
     atomic_fetch_add_explicit(&context->references, 1, memory_order_relaxed);

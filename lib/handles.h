@@ -45,6 +45,10 @@ void plora__free_string(plora_context *context, char *text);
 void plora__log(const plora_context *context, int32_t level, const char *format, ...)
     __attribute__((format(printf, 3, 4)));
 
+/* A device of the CPU's backend, whatever the context's own: that one itself where it is the CPU. */
+plora_status plora__host_device_open(plora_context *context, void **device);
+void plora__host_device_close(const plora_context *context, void *device);
+
 /* As the backend's check_stream. */
 plora_status plora__check_stream(const plora_context *context, void *stream, int waits);
 /* Copies from device memory to the host, and waits for it. */
@@ -54,8 +58,17 @@ plora_status plora__read_device(const plora_context *context, void *host, const 
 void plora__context_retain(plora_context *context);
 void plora__context_release(plora_context *context);
 
+/* What makes a weight a quantised one. Its matrix is then the master, F32 in host memory, or has no data. */
+struct plora__quantised_weight {
+    struct plora__quantised values; /* device memory of the host's */
+    float map[256];                 /* of doubly quantised values, here */
+    int32_t master;                 /* PLORA_MASTER_... */
+    size_t master_bytes;            /* of the library's: memory, or a mapping */
+};
+
 struct plora__weight {
-    plora_matrix matrix; /* as stored: [N,K], or [K,N] with fan_in_fan_out */
+    plora_matrix matrix;                       /* as stored: [N,K], or [K,N] with fan_in_fan_out */
+    struct plora__quantised_weight *quantised; /* NULL = it is not */
     int32_t fan_in_fan_out;
     int32_t first_layer; /* the layer that introduced it: its index keys the random numbers */
     uint16_t *residual;  /* the low halves of its values, or NULL; in host memory or on the device */
@@ -85,11 +98,63 @@ struct plora_model {
     struct plora__model_files *files; /* NULL for a host-built model */
     char *path;                       /* as given to plora_model_open(); NULL for a host-built model */
     plora_snapshot *_Atomic merged;   /* whose factors the weights hold, of a registry; NULL = none */
+    void *host_device;                /* of the CPU's backend, for masters; NULL before the first quantised weight */
 };
 
 void plora__model_retain(plora_model *model);
 void plora__model_release(plora_model *model);
 
+/* model.c: what any new layer is checked for; room for one more layer and weight, with a copy of its name; and the layer itself, which
+ * cannot fail then. `weight` is the number of an existing one, or that of `added`, which becomes the model's. */
+plora_status plora__model_check_layer(const plora_model *model, const char *name, int32_t flags, const void *bias,
+                                      int32_t bias_dtype);
+plora_status plora__model_reserve(plora_model *model, const char *name, char **copy);
+void plora__model_append(plora_model *model, struct plora__layer layer, const struct plora__weight *added);
+
+/* master.c: the full-precision weights behind quantised ones. make() fills `weight`'s matrix and master as the description says, from
+ * finite values alone. */
+plora_status plora__master_make(plora_model *model, const plora_quantised_linear *linear, struct plora__weight *weight);
+void plora__master_free(plora_context *context, struct plora__weight *weight);
+void plora__quantised_free(plora_context *context, struct plora__weight *weight);
+
+/* runs.c: quantised values made or read a run of rows or blocks at a time, through memory of the host. */
+struct plora__run_memory {
+    size_t codes_bytes, scales_bytes, nested_bytes, values_bytes, delta_bytes,
+        bytes; /* what is needed of each, and had in all */
+    void *codes;
+    float *scales;
+    uint8_t *nested_codes;
+    float *values, *merged; /* of the run, dense */
+    float *delta;           /* of the rows that it touches, dense */
+};
+/* Adds what a weight's runs need, with `values` and `delta` if asked for; then all is allocated. */
+void plora__run_memory_need(const struct plora__quantised *weight, int values, int delta,
+                            struct plora__run_memory *memory);
+plora_status plora__run_memory_make(plora_context *context, struct plora__run_memory *memory);
+void plora__run_memory_free(plora_context *context, struct plora__run_memory *memory);
+
+struct plora__run {
+    int64_t first, count; /* elements */
+};
+/* The run from element `first` on; count = 0 at the end. */
+struct plora__run plora__run_next(const struct plora__quantised *weight, int64_t first);
+/* What is in the memory, dequantised into out[count]. */
+plora_status plora__run_dequantise(void *host_device, const struct plora__quantised_weight *weight,
+                                   struct plora__run run, const struct plora__run_memory *memory, float *out);
+/* Copies the codes of a run to the host, and dequantises them into out[count]. */
+plora_status plora__run_read(const plora_context *context, void *host_device,
+                             const struct plora__quantised_weight *weight, struct plora__run run,
+                             const struct plora__run_memory *memory, float *out, void *stream);
+/* Makes the codes of a run of `values`, whose element `first` is the run's first, in `memory`; and brings them to their place. */
+plora_status plora__run_make(void *host_device, const struct plora__quantised_weight *weight, struct plora__run run,
+                             const plora_matrix *values, int64_t first, const struct plora__run_memory *memory,
+                             struct plora__quantise_sums *sums);
+plora_status plora__run_write(const plora_context *context, const struct plora__quantised *weight,
+                              struct plora__run run, const struct plora__run_memory *memory, void *stream);
+
+/* requantise.c: all codes of a weight anew from its master. */
+plora_status plora__requantise(const plora_model *model, const struct plora__weight *weight,
+                               const struct plora__run_memory *memory, void *stream);
 /* model_files.c */
 plora_status plora__model_files_open(plora_model *model, const char *path);
 void plora__model_files_close(plora_context *context, struct plora__model_files *files);
@@ -130,6 +195,12 @@ struct plora_adapters {
     size_t merge_workspace_bytes;
     uint16_t *residual_staging; /* device: room for the largest residual that is kept on the host */
     size_t residual_staging_bytes;
+    /* Of quantised weights, in host memory. */
+    struct plora__run_memory runs;
+    float *host_factors;  /* A and B of one adapter; NULL on the CPU */
+    void *host_workspace; /* of their merges; on the CPU merge_workspace */
+    size_t host_factor_bytes, host_workspace_bytes;
+    struct plora__quantise_sums *quantise_sums;       /* [adapter_count], of an unload */
     struct plora__findings findings, device_findings; /* of an unload; the same layout on the host and on the device */
     struct plora_ledger *ledger;                      /* which holds a reference to the adapters; NULL = none */
 };
@@ -161,6 +232,21 @@ plora_status plora__merge(const plora_adapters *adapters, int32_t number, struct
 plora_status plora__adapters_check_finite(const plora_adapters *adapters, void *stream);
 /* registry_merge.c: BUSY while the weights hold an adapter of a registry. */
 plora_status plora__weights_check(const plora_model *model);
+/* requantise.c: the memory that unloads of the set's quantised weights take; their release. */
+plora_status plora__requantise_prepare(plora_adapters *adapters);
+void plora__requantise_free(plora_adapters *adapters);
+/* All masters' codes, after they were written; nothing that can fail but the device. */
+plora_status plora__requantise_set(const plora_adapters *adapters);
+/* A merge with everything in host memory, where a master lies. Does not requantise. */
+plora_status plora__merge_host(const plora_adapters *adapters, struct plora__merge_args *args);
+/* The unload of one quantised weight, the factors as they lie on the device: into its master and from there into the codes, panel by
+ * panel; without a master into the codes alone. With *sums, on the host, also into quantise_sums. Without a master it may be a `trial`,
+ * which writes nothing but *sums. */
+plora_status plora__unload_quantised(const plora_adapters *adapters, int32_t number, struct plora__merge_args *args,
+                                     struct plora__merge_sums *sums, int trial, void *stream);
+/* How many elements of a master that unload would make infinite. */
+plora_status plora__overflows_of_master(const plora_adapters *adapters, int32_t number, struct plora__merge_args *args,
+                                        int64_t *overflows, void *stream);
 
 void plora__adapters_retain(plora_adapters *adapters);
 void plora__adapters_release(plora_adapters *adapters);

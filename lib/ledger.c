@@ -182,6 +182,14 @@ static plora_status find_position(plora_ledger *ledger)
 
 /* -------------------------------------------------------------------------------------------------- creation and end */
 
+static plora_status check_masters(const plora_adapters *adapters)
+{
+    for (int32_t i = 0; i < adapters->adapter_count; ++i)
+        PLORA_CHECK(weight_of(adapters, i)->data != NULL, PLORA_ERROR_UNSUPPORTED,
+                    "layer '%s' is quantised without a master: no ledger can rebuild its weight", name_of(adapters, i));
+    return PLORA_OK;
+}
+
 static plora_status check_original(const plora_adapters *adapters, const plora_model *original)
 {
     if (original == NULL) return PLORA_OK;
@@ -252,6 +260,7 @@ plora_status plora_ledger_open(plora_adapters *adapters, const plora_ledger_opti
                 PLORA_ERROR_INVALID_ARGUMENT, "sync is %d, hash_weights is %d: must be 0 or 1", options.sync,
                 options.hash_weights);
     PLORA_CHECK(adapters->ledger == NULL, PLORA_ERROR_INVALID_ARGUMENT, "the adapters have a ledger already");
+    PLORA_TRY(check_masters(adapters));
     PLORA_TRY(check_original(adapters, options.original));
 
     void *memory;

@@ -33,7 +33,8 @@ struct plora__replay {
     plora_model *original; /* to begin with; NULL = the present weights, at `from` records */
     int64_t from, to;
     void *workspace, *factors; /* device */
-    size_t workspace_bytes, factor_bytes;
+    void *host_workspace;
+    size_t workspace_bytes, factor_bytes, host_workspace_bytes;
 };
 plora_status plora__replay_prepare(plora_ledger *ledger, int64_t to, struct plora__replay *replay);
 plora_status plora__replay_run(struct plora__replay *replay);

@@ -2,6 +2,8 @@
  *
  *     for each weight:  [W <- W_0]  ->  merge record `from`  ->  ...  ->  merge record `to` - 1
  *
+ * Of a quantised weight it is the master that is rebuilt, on the host, and its codes are made from that at the end.
+ *
  * Never by subtraction, which rounds. prepare() checks the records' bytes, W_0 and all that run() needs, so that run() fails only if
  * the device does; then the position stays unknown. */
 #include <math.h>
@@ -33,6 +35,11 @@ static const plora_matrix *matrix_of(const plora_adapters *adapters, int32_t num
     return &adapters->model->weights[adapters->adapters[number].weight].matrix;
 }
 
+static int is_quantised(const plora_adapters *adapters, int32_t number)
+{
+    return adapters->model->weights[adapters->adapters[number].weight].quantised != NULL;
+}
+
 static const char *name_of(const plora_adapters *adapters, int32_t number)
 {
     return adapters->model->layers[adapters->adapters[number].layer].name;
@@ -54,6 +61,8 @@ static plora_status check_original(const struct plora__replay *replay)
         const plora_matrix *from, *to = matrix_of(adapters, i);
         uint64_t hash;
         PLORA_TRY(find_original(replay, i, &from));
+        PLORA_CHECK(from->data != NULL, PLORA_ERROR_INVALID_ARGUMENT,
+                    "layer '%s': the original weight is quantised and has no master", name_of(adapters, i));
         PLORA_CHECK(from->rows == to->rows && from->columns == to->columns && from->dtype == to->dtype,
                     PLORA_ERROR_INVALID_ARGUMENT,
                     "layer '%s': the original weight is [%lld,%lld] %s, the model's is [%lld,%lld] %s",
@@ -100,6 +109,11 @@ static plora_status get_scratch(struct plora__replay *replay)
             const int64_t rank = plora__ledger_entries(record)[i].rank;
             const struct plora__adapter *adapter = &adapters->adapters[i];
             const struct plora__merge_args args = plora__merge_factors(adapters, i, NULL, NULL, rank, 1.0);
+            if (is_quantised(adapters, i)) {
+                const size_t bytes = plora__cpu_backend.merge_workspace(adapters->model->host_device, &args);
+                if (bytes > replay->host_workspace_bytes) replay->host_workspace_bytes = bytes;
+                continue;
+            }
             const size_t workspace = context->backend->merge_workspace(context->device, &args);
             const size_t factors =
                 copies ? (size_t)(rank * (adapter->in_features + adapter->out_features)) * sizeof(float) : 0;
@@ -107,6 +121,7 @@ static plora_status get_scratch(struct plora__replay *replay)
             if (factors > replay->factor_bytes) replay->factor_bytes = factors;
         }
     }
+    PLORA_TRY(plora__allocate(context, replay->host_workspace_bytes, &replay->host_workspace));
     PLORA_TRY(plora__device_allocate(context, replay->workspace_bytes, &replay->workspace));
     return plora__device_allocate(context, replay->factor_bytes, &replay->factors);
 }
@@ -160,6 +175,7 @@ plora_status plora__replay_prepare(plora_ledger *ledger, int64_t to, struct plor
 void plora__replay_free(struct plora__replay *replay)
 {
     plora_context *context = replay->ledger->adapters->model->context;
+    plora__free(context, replay->host_workspace, replay->host_workspace_bytes);
     plora__device_free(context, replay->workspace, replay->workspace_bytes);
     plora__device_free(context, replay->factors, replay->factor_bytes);
     if (replay->original != NULL) plora__model_release(replay->original);
@@ -183,7 +199,8 @@ static plora_status copy_original(const struct plora__replay *replay, int32_t nu
         source += (size_t)from->stride * size;
         target += (size_t)to->stride * size;
     }
-    return PLORA_OK;
+    return is_quantised(replay->ledger->adapters, number) ? context->backend->synchronize(context->device, NULL)
+                                                          : PLORA_OK; /* the host goes on with it at once */
 }
 
 /* One record's merge into `weight`, which is adapter `number`'s, or a copy of it with a residual of its own. */
@@ -202,7 +219,8 @@ static plora_status merge_record(const struct plora__replay *replay, int64_t t, 
     for (int i = 0; i < 2; ++i)
         factors[i] = (const float *)((const char *)record +
                                      plora__ledger_factor_offset(ledger->store.header, record, (uint32_t)number, i));
-    if (replay->factors != NULL) {
+    const int on_host = is_quantised(adapters, number);
+    if (replay->factors != NULL && !on_host) {
         float *a = replay->factors, *b = a + rank * adapter->in_features;
         const size_t a_bytes = (size_t)(rank * adapter->in_features) * sizeof(float);
         const size_t b_bytes = (size_t)(rank * adapter->out_features) * sizeof(float);
@@ -215,7 +233,8 @@ static plora_status merge_record(const struct plora__replay *replay, int64_t t, 
         plora__merge_factors(adapters, number, factors[0], factors[1], rank, record->momentum * entry->scale);
     plora__merge_round(adapters, number, record->rounding, record->seed, record->stage, &args);
     args.weight = *weight;
-    args.workspace = replay->workspace;
+    args.workspace = on_host ? replay->host_workspace : replay->workspace;
+    if (on_host) return plora__merge_host(adapters, &args);
     if (residual != NULL && args.residual != NULL) args.residual = residual;
     return plora__merge(adapters, number, &args, NULL);
 }
@@ -248,6 +267,7 @@ plora_status plora__replay_run(struct plora__replay *replay)
     for (int32_t i = 0; i < adapters->adapter_count; ++i)
         PLORA_TRY(rebuild(replay, i, matrix_of(adapters, i), NULL));
     PLORA_TRY(context->backend->synchronize(context->device, NULL));
+    PLORA_TRY(plora__requantise_set(adapters));
     ledger->hashes_known = 0;
     if (ledger->hash_weights) PLORA_TRY(plora__ledger_hash_weights(ledger));
     ledger->position = replay->to;
@@ -328,23 +348,25 @@ static plora_status verify_by_replay(plora_ledger *ledger, struct plora__replay 
 {
     const plora_adapters *adapters = ledger->adapters;
     plora_context *context = adapters->model->context;
-    size_t most = 0, most_residual = 0;
+    size_t most = 0, most_residual = 0, most_here = 0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__weight *kept = &adapters->model->weights[adapters->adapters[i].weight];
         const plora_matrix *weight = &kept->matrix;
         const size_t bytes = (size_t)(weight->rows * weight->columns) * plora__dtype_size(weight->dtype);
-        if (bytes > most) most = bytes;
+        size_t *largest = kept->quantised != NULL ? &most_here : &most;
+        if (bytes > *largest) *largest = bytes;
         if (kept->residual != NULL && plora__residual_bytes(kept) > most_residual)
             most_residual = plora__residual_bytes(kept);
     }
-    void *memory = NULL, *residual = NULL;
+    void *memory = NULL, *residual = NULL, *here = NULL;
     plora_status status = PLORA_OK;
+    PLORA_TRY_OUT(plora__allocate(context, most_here, &here));
     PLORA_TRY_OUT(plora__device_allocate(context, most, &memory));
     PLORA_TRY_OUT(plora__device_allocate(context, most_residual, &residual));
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         plora_matrix copy = *matrix_of(adapters, i);
         uint64_t hash;
-        copy.data = memory;
+        copy.data = is_quantised(adapters, i) ? here : memory;
         copy.stride = copy.columns;
         plora_matrix low = plora__residual_matrix(&adapters->model->weights[adapters->adapters[i].weight]);
         if (low.data != NULL) low.data = residual;
@@ -359,6 +381,7 @@ static plora_status verify_by_replay(plora_ledger *ledger, struct plora__replay 
 out:
     plora__device_free(context, residual, most_residual);
     plora__device_free(context, memory, most);
+    plora__free(context, here, most_here);
     return status;
 }
 

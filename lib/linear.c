@@ -24,6 +24,10 @@ static struct plora__linear_args layer_args(const plora_adapters *adapters, int3
         .bias_dtype = found->bias_dtype,
         .weight = weight->matrix,
     };
+    if (weight->quantised != NULL) {
+        args.weight.data = NULL; /* a master, which is not the device's */
+        args.quantised = &weight->quantised->values;
+    }
     const int32_t index = adapters->adapter_of_layer[layer];
     if (index >= 0) {
         const struct plora__adapter *adapter = &adapters->adapters[index];
@@ -39,25 +43,34 @@ static struct plora__linear_args layer_args(const plora_adapters *adapters, int3
     return args;
 }
 
+/* The dtypes of a call; a quantised weight takes that of x. */
+static void set_dtypes(struct plora__linear_args *args, int32_t x, int32_t y)
+{
+    args->x.dtype = x;
+    args->y.dtype = y;
+    if (args->quantised != NULL) args->weight.dtype = x;
+}
+
 static size_t workspace_of(const plora_adapters *adapters, int32_t layer, int64_t tokens, int32_t x, int32_t y)
 {
     const plora_context *context = adapters->model->context;
     struct plora__linear_args args = layer_args(adapters, layer);
     args.tokens = tokens;
-    args.x.dtype = x;
-    args.y.dtype = y;
+    set_dtypes(&args, x, y);
     args.dx.dtype = PLORA_BF16;
-    args.dx.data = args.weight.data; /* a dx is wanted: only that it is not NULL counts */
+    args.dx.data = adapters->parameters; /* a dx is wanted: only that it is not NULL counts */
     return context->backend->linear_workspace(context->device, &args);
 }
 
 /* Whether a call of these dtypes runs in passes of workspace_tokens: with an adapter always, so that the gradient's sums over
- * the tokens are cut alike everywhere; without one when nothing must be widened, which would take memory for a whole head. */
+ * the tokens are cut alike everywhere, and with a quantised weight, of which each pass makes all panels; else when nothing must be
+ * widened, which would take memory for a whole head. */
 static int has_full_passes(const plora_adapters *adapters, int32_t layer, int32_t x, int32_t y)
 {
     const plora_model *model = adapters->model;
-    const int32_t weight = model->weights[model->layers[layer].weight].matrix.dtype;
-    return adapters->adapter_of_layer[layer] >= 0 || (x == y && (x == PLORA_F32 || weight == PLORA_BF16));
+    const struct plora__weight *weight = &model->weights[model->layers[layer].weight];
+    return adapters->adapter_of_layer[layer] >= 0 || weight->quantised != NULL ||
+           (x == y && (x == PLORA_F32 || weight->matrix.dtype == PLORA_BF16));
 }
 
 size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens)
@@ -176,6 +189,7 @@ plora_status plora_linear_forward(plora_adapters *adapters, int32_t layer, const
     args.tokens = x->rows;
     args.x = *x;
     args.y = *y;
+    set_dtypes(&args, x->dtype, y->dtype);
     args.delta_only = (flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     if ((flags & PLORA_LINEAR_DROPOUT) == 0) args.dropout.probability = 0.0;
     return run_passes(adapters, layer, &args, adapters->model->context->backend->linear_forward, stream);
@@ -197,6 +211,7 @@ plora_status plora_linear_backward(plora_adapters *adapters, int32_t layer, cons
     args.tokens = x->rows;
     args.x = *x;
     args.y = *dy;
+    set_dtypes(&args, x->dtype, dy->dtype);
     args.delta_only = (flags & PLORA_LINEAR_DELTA_ONLY) != 0;
     args.accumulate = (flags & PLORA_LINEAR_ACCUMULATE) != 0;
     if ((flags & PLORA_LINEAR_DROPOUT) == 0) args.dropout.probability = 0.0;

@@ -51,6 +51,9 @@ void plora__model_release(plora_model *model)
         plora__free_string(context, model->layers[i].name);
     plora__free(context, model->layers, (size_t)model->layer_capacity * sizeof *model->layers);
     plora__residuals_free(model);
+    for (int32_t i = 0; i < model->weight_count; ++i)
+        plora__quantised_free(context, &model->weights[i]);
+    plora__host_device_close(context, model->host_device);
     plora__free(context, model->weights, (size_t)model->weight_capacity * sizeof *model->weights);
     plora__model_files_close(context, model->files);
     plora__free_string(context, model->path);
@@ -79,8 +82,6 @@ static plora_status check_weight(const plora_linear *linear)
                 (long long)w->rows, (long long)w->stride);
     PLORA_CHECK((uintptr_t)w->data % plora__dtype_size(w->dtype) == 0, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer '%s': weight at %p is not aligned for %s", linear->name, w->data, plora__dtype_name(w->dtype));
-    PLORA_CHECK(linear->bias == NULL || plora__dtype_known(linear->bias_dtype), PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': bias dtype %d is unknown", linear->name, linear->bias_dtype);
     return PLORA_OK;
 }
 
@@ -92,8 +93,9 @@ static plora_status find_weight(const plora_model *model, const plora_linear *li
     for (int32_t i = 0; i < model->weight_count; ++i) {
         const struct plora__weight *other = &model->weights[i];
         const plora_matrix *o = &other->matrix;
-        if (o->data == w->data && o->rows == w->rows && o->columns == w->columns && o->stride == w->stride &&
-            o->dtype == w->dtype && other->fan_in_fan_out == fan_in_fan_out) {
+        if (o->data == NULL) continue; /* quantised, without a master */
+        if (other->quantised == NULL && o->data == w->data && o->rows == w->rows && o->columns == w->columns &&
+            o->stride == w->stride && o->dtype == w->dtype && other->fan_in_fan_out == fan_in_fan_out) {
             *weight = i;
             return PLORA_OK;
         }
@@ -120,52 +122,65 @@ static plora_status grow(plora_context *context, void **items, int32_t count, in
     return PLORA_OK;
 }
 
+plora_status plora__model_check_layer(const plora_model *model, const char *name, int32_t flags, const void *bias,
+                                      int32_t bias_dtype)
+{
+    PLORA_CHECK(name != NULL && name[0] != '\0', PLORA_ERROR_INVALID_ARGUMENT, "the layer's name is empty");
+    const int32_t known_flags = PLORA_LAYER_FAN_IN_FAN_OUT | PLORA_LAYER_HEAD;
+    PLORA_CHECK((flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': unknown flags 0x%x", name,
+                (unsigned)(flags & ~known_flags));
+    PLORA_CHECK(bias == NULL || plora__dtype_known(bias_dtype), PLORA_ERROR_INVALID_ARGUMENT,
+                "layer '%s': bias dtype %d is unknown", name, bias_dtype);
+    PLORA_CHECK(atomic_load(&model->adapters_made) == 0, PLORA_ERROR_INVALID_ARGUMENT,
+                "layer '%s': adapters exist already on this model", name);
+    for (int32_t i = 0; i < model->layer_count; ++i)
+        PLORA_CHECK(strcmp(model->layers[i].name, name) != 0, PLORA_ERROR_INVALID_ARGUMENT,
+                    "layer '%s' exists already, as number %d", name, i);
+    return PLORA_OK;
+}
+
+plora_status plora__model_reserve(plora_model *model, const char *name, char **copy)
+{
+    plora_context *context = model->context;
+    PLORA_TRY(
+        grow(context, (void **)&model->layers, model->layer_count, &model->layer_capacity, sizeof *model->layers));
+    PLORA_TRY(
+        grow(context, (void **)&model->weights, model->weight_count, &model->weight_capacity, sizeof *model->weights));
+    return plora__duplicate(context, name, copy);
+}
+
+void plora__model_append(plora_model *model, struct plora__layer layer, const struct plora__weight *added)
+{
+    if (layer.weight == model->weight_count) model->weights[model->weight_count++] = *added;
+    const struct plora__weight *weight = &model->weights[layer.weight];
+    layer.in_features = weight->fan_in_fan_out ? weight->matrix.rows : weight->matrix.columns;
+    layer.out_features = weight->fan_in_fan_out ? weight->matrix.columns : weight->matrix.rows;
+    model->layers[model->layer_count++] = layer;
+}
+
 plora_status plora_model_add_linear(plora_model *model, const plora_linear *given, int32_t *layer)
 {
     PLORA_CHECK(model != NULL && given != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
                 model == NULL ? "model" : "linear");
     plora_linear linear = PLORA_LINEAR_INIT;
     PLORA_TRY(plora__read_options(&linear, sizeof linear, given, "plora_linear"));
-    PLORA_CHECK(linear.name != NULL && linear.name[0] != '\0', PLORA_ERROR_INVALID_ARGUMENT,
-                "the layer's name is empty");
-    const int32_t known_flags = PLORA_LAYER_FAN_IN_FAN_OUT | PLORA_LAYER_HEAD;
-    PLORA_CHECK((linear.flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': unknown flags 0x%x",
-                linear.name, (unsigned)(linear.flags & ~known_flags));
+    PLORA_TRY(plora__model_check_layer(model, linear.name, linear.flags, linear.bias, linear.bias_dtype));
     PLORA_TRY(check_weight(&linear));
-    PLORA_CHECK(atomic_load(&model->adapters_made) == 0, PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': adapters exist already on this model", linear.name);
-    for (int32_t i = 0; i < model->layer_count; ++i)
-        PLORA_CHECK(strcmp(model->layers[i].name, linear.name) != 0, PLORA_ERROR_INVALID_ARGUMENT,
-                    "layer '%s' exists already, as number %d", linear.name, i);
     int32_t weight;
-    PLORA_TRY(find_weight(model, &linear, &weight));
-
-    plora_context *context = model->context;
-    PLORA_TRY(
-        grow(context, (void **)&model->layers, model->layer_count, &model->layer_capacity, sizeof *model->layers));
-    PLORA_TRY(
-        grow(context, (void **)&model->weights, model->weight_count, &model->weight_capacity, sizeof *model->weights));
     char *name;
-    PLORA_TRY(plora__duplicate(context, linear.name, &name));
-
-    const int32_t fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0;
-    if (weight < 0) {
-        weight = model->weight_count++;
-        model->weights[weight] = (struct plora__weight){
-            .matrix = linear.weight, .fan_in_fan_out = fan_in_fan_out, .first_layer = model->layer_count};
-    }
-    const plora_matrix *w = &linear.weight;
-    model->layers[model->layer_count] = (struct plora__layer){
-        .name = name,
-        .weight = weight,
-        .flags = linear.flags,
-        .bias = linear.bias,
-        .bias_dtype = linear.bias_dtype,
-        .in_features = fan_in_fan_out ? w->rows : w->columns,
-        .out_features = fan_in_fan_out ? w->columns : w->rows,
-    };
+    PLORA_TRY(find_weight(model, &linear, &weight));
+    PLORA_TRY(plora__model_reserve(model, linear.name, &name));
+    const struct plora__weight added = {.matrix = linear.weight,
+                                        .fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0,
+                                        .first_layer = model->layer_count};
     if (layer != NULL) *layer = model->layer_count;
-    model->layer_count++;
+    plora__model_append(model,
+                        (struct plora__layer){.name = name,
+                                              .weight = weight < 0 ? model->weight_count : weight,
+                                              .flags = linear.flags,
+                                              .bias = linear.bias,
+                                              .bias_dtype = linear.bias_dtype},
+                        &added);
     return PLORA_OK;
 }
 
@@ -199,6 +214,7 @@ plora_status plora_model_layer(const plora_model *model, int32_t layer, plora_li
     plora_linear result = PLORA_LINEAR_INIT;
     result.name = found->name;
     result.weight = model->weights[found->weight].matrix;
+    if (model->weights[found->weight].quantised != NULL) result.weight.data = NULL;
     result.bias = found->bias;
     result.bias_dtype = found->bias_dtype;
     result.flags = found->flags;

@@ -404,6 +404,10 @@ static void gather(struct gathered *all, const char *layer, const char *part, co
 
 static plora_status save_built(const plora_model *model, const char *path)
 {
+    for (int32_t i = 0; i < model->layer_count; ++i)
+        PLORA_CHECK(model->weights[model->layers[i].weight].matrix.data != NULL, PLORA_ERROR_UNSUPPORTED,
+                    "layer '%s' is quantised without a master: there is no full-precision weight to save",
+                    model->layers[i].name);
     static const struct plora__metadata metadata = {"format", "pt"}; /* transformers asks for it */
     if (model->layer_count == 0) return plora__safetensors_write(model->context, path, NULL, 0, &metadata, 1);
     const size_t count = 2 * (size_t)model->layer_count;

@@ -135,6 +135,17 @@ static plora_status try_weight(const plora_snapshot *snapshot, int32_t weight, v
     return PLORA_OK;
 }
 
+/* Serving a quantised layer merged would serve other codes than it was quantised to. */
+static plora_status check_quantised(const plora_snapshot *snapshot)
+{
+    const plora_model *model = snapshot->registry->model;
+    for (int32_t i = 0; i < model->weight_count; ++i)
+        PLORA_CHECK(snapshot->factors[i].rank == 0 || model->weights[i].quantised == NULL, PLORA_ERROR_UNSUPPORTED,
+                    "adapter '%s', layer '%s': an adapter cannot be merged into a quantised weight, nothing was merged",
+                    snapshot->name, model->layers[model->weights[i].first_layer].name);
+    return PLORA_OK;
+}
+
 static plora_status merge_weights(const plora_snapshot *snapshot, void *workspace, int64_t *overflows)
 {
     const plora_model *model = snapshot->registry->model;
@@ -156,6 +167,7 @@ static plora_status merge(plora_registry *registry, plora_snapshot *snapshot)
     void *workspace = NULL, *overflows = NULL;
     struct plora__weight_copies *copies = NULL;
     plora_status status;
+    PLORA_TRY_OUT(check_quantised(snapshot));
     PLORA_TRY_OUT(
         context->backend->synchronize(context->device, NULL)); /* of all streams: some may still read the weights */
     PLORA_TRY_OUT(plora__device_allocate(context, bytes, &workspace));

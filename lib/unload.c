@@ -5,7 +5,7 @@
  * Whether a merge would overflow is nearly always settled without reading W: no finite W can overflow while |D| stays below half
  * a unit in the last place of the largest finite number, and |D| <= R |m s| max|A| max|B|. Only past that bound the backend goes
  * through the merge once without writing: also where it rounds by rounding.h, which makes no weight infinite any sooner. The
- * products and the report's sums are the backend's merge; residual.c chooses the rounding. */
+ * products and the report's sums are the backend's merge; residual.c chooses the rounding. Quantised weights are requantise.c's. */
 #include <math.h>
 #include <string.h>
 
@@ -94,6 +94,11 @@ static int is_harmless(const plora_adapters *adapters, int32_t number, const plo
     return largest_sum < 0x1p126 && largest_sum * fabs((double)args.factor) < harmless(args.weight.dtype);
 }
 
+static double root_mean(double sum, double elements)
+{
+    return elements > 0.0 ? sqrt(sum / elements) : 0.0;
+}
+
 static plora_status check_finite(const plora_adapters *adapters)
 {
     for (int32_t i = 0; i < 2 * adapters->adapter_count; ++i)
@@ -103,15 +108,59 @@ static plora_status check_finite(const plora_adapters *adapters)
     return PLORA_OK;
 }
 
+static const struct plora__weight *weight_of(const plora_adapters *adapters, int32_t number)
+{
+    return &adapters->model->weights[adapters->adapters[number].weight];
+}
+
+/* A quantised weight without a master is refused, unless that is what the caller wants, and told what it would have held. */
+static plora_status check_masters(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
+{
+    for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        const struct plora__weight *weight = weight_of(adapters, i);
+        if (weight->quantised == NULL || weight->matrix.data != NULL) continue;
+        const char *name = name_of(adapters, &adapters->adapters[i]);
+        PLORA_CHECK(is_harmless(adapters, i, options), PLORA_ERROR_NON_FINITE,
+                    "layer '%s': the update could overflow (max|A| %g, max|B| %g), nothing was merged", name,
+                    adapters->findings.magnitudes[2 * i], adapters->findings.magnitudes[2 * i + 1]);
+        if (options->without_master) continue;
+        struct plora__merge_args args = merge_args(adapters, i, options);
+        struct plora__merge_sums sums;
+        PLORA_TRY(plora__unload_quantised(adapters, i, &args, &sums, 1, stream));
+        return plora__fail(PLORA_ERROR_UNSUPPORTED,
+                           "layer '%s' is %s without a master: quantised again it would hold %.4f of the update (rms "
+                           "%.3g, of the weights "
+                           "%.3g), nothing was merged; add the layer with a master, or set without_master",
+                           name, weight->quantised->values.format == PLORA__QUANTISED_INT8 ? "INT8" : "NF4",
+                           sums.dd > 0.0 ? sums.gd / sums.dd : 1.0,
+                           root_mean(sums.dd, (double)weight->matrix.rows * (double)weight->matrix.columns),
+                           root_mean(sums.ww, (double)weight->matrix.rows * (double)weight->matrix.columns));
+    }
+    return PLORA_OK;
+}
+
+static plora_status try_merge(const plora_adapters *adapters, int32_t number, const plora_unload_options *options,
+                              void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    struct plora__merge_args args = merge_args(adapters, number, options);
+    int64_t *there = adapters->device_findings.overflows + number, overflows;
+    if (weight_of(adapters, number)->quantised == NULL) {
+        args.overflows = there;
+        return plora__merge(adapters, number, &args, stream);
+    }
+    PLORA_TRY(plora__overflows_of_master(adapters, number, &args, &overflows, stream));
+    PLORA_TRY(context->backend->copy(context->device, there, &overflows, sizeof overflows, stream));
+    return context->backend->synchronize(context->device, stream);
+}
+
 /* Goes through the merges of doubt without writing. */
 static plora_status check_overflow(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
 {
     int doubts = 0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         if (is_harmless(adapters, i, options)) continue;
-        struct plora__merge_args args = merge_args(adapters, i, options);
-        args.overflows = adapters->device_findings.overflows + i;
-        PLORA_TRY(plora__merge(adapters, i, &args, stream));
+        PLORA_TRY(try_merge(adapters, i, options, stream));
         doubts++;
     }
     if (doubts == 0) return PLORA_OK;
@@ -148,12 +197,8 @@ plora_status plora__adapters_check_finite(const plora_adapters *adapters, void *
 static plora_status check_values(const plora_adapters *adapters, const plora_unload_options *options, void *stream)
 {
     PLORA_TRY(plora__adapters_check_finite(adapters, stream));
+    PLORA_TRY(check_masters(adapters, options, stream));
     return check_overflow(adapters, options, stream);
-}
-
-static double root_mean(double sum, double elements)
-{
-    return elements > 0.0 ? sqrt(sum / elements) : 0.0;
 }
 
 /* The figures of one weight, and into the running totals. */
@@ -174,10 +219,27 @@ static struct plora_unload_layer layer_figures(const struct plora__adapter *adap
     };
 }
 
+static plora_status merge_quantised(const plora_adapters *adapters, int32_t number, const plora_unload_options *options,
+                                    int with_sums, void *stream)
+{
+    const plora_context *context = adapters->model->context;
+    struct plora__merge_args args = merge_args(adapters, number, options);
+    struct plora__merge_sums sums;
+    PLORA_TRY(plora__unload_quantised(adapters, number, &args, with_sums ? &sums : NULL, 0, stream));
+    if (!with_sums) return PLORA_OK;
+    PLORA_TRY(
+        context->backend->copy(context->device, adapters->device_findings.sums + number, &sums, sizeof sums, stream));
+    return context->backend->synchronize(context->device, stream);
+}
+
 static plora_status merge_all(const plora_adapters *adapters, const plora_unload_options *options, int with_sums,
                               void *stream)
 {
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
+        if (weight_of(adapters, i)->quantised != NULL) {
+            PLORA_TRY(merge_quantised(adapters, i, options, with_sums, stream));
+            continue;
+        }
         struct plora__merge_args args = merge_args(adapters, i, options);
         if (with_sums) args.sums = adapters->device_findings.sums + i;
         PLORA_TRY(plora__merge(adapters, i, &args, stream));
@@ -188,12 +250,21 @@ static plora_status merge_all(const plora_adapters *adapters, const plora_unload
 static void fill_report(const plora_adapters *adapters, double momentum, plora_unload_report *report)
 {
     struct plora__merge_sums total = {.effective_rank = 0};
-    double all_elements = 0.0;
+    struct plora__quantise_sums quantised = {0};
+    double all_elements = 0.0, quantised_elements = 0.0;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
         const struct plora__merge_sums *sums = &adapters->findings.sums[i];
         const double elements = (double)adapter->in_features * (double)adapter->out_features;
-        const plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, sums, elements);
+        plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, sums, elements);
+        if (weight_of(adapters, i)->quantised != NULL && weight_of(adapters, i)->matrix.data != NULL) {
+            const struct plora__quantise_sums *part = &adapters->quantise_sums[i];
+            layer.quantised_rms = root_mean(part->square, elements);
+            layer.quantised_max = part->max;
+            quantised.square += part->square;
+            quantised.max = fmax(quantised.max, part->max);
+            quantised_elements += elements;
+        }
         if (report->layers != NULL && i < report->layer_capacity) report->layers[i] = layer;
         all_elements += elements;
         total.dd += sums->dd;
@@ -212,6 +283,8 @@ static void fill_report(const plora_adapters *adapters, double momentum, plora_u
     report->changed = all_elements > 0.0 ? total.changed / all_elements : 0.0;
     report->lost_max = total.lost_max;
     report->lost_rms = root_mean(total.ll, all_elements);
+    report->quantised_rms = root_mean(quantised.square, quantised_elements);
+    report->quantised_max = quantised.max;
     report->effective_rank = adapters->adapter_count > 0 ? total.effective_rank / adapters->adapter_count : 0.0;
 }
 
@@ -223,6 +296,9 @@ static plora_status check_options(const plora_adapters *adapters, const plora_op
                 "the optimizer belongs to other adapters");
     PLORA_CHECK(options->momentum > 0.0 && options->momentum <= 1.0, PLORA_ERROR_INVALID_ARGUMENT,
                 "momentum is %g: must be in (0, 1]", options->momentum);
+    PLORA_CHECK((options->without_master == 0 || options->without_master == 1) && options->reserved == 0,
+                PLORA_ERROR_INVALID_ARGUMENT, "without_master is %d, reserved is %d: must be 0 or 1, and 0",
+                options->without_master, options->reserved);
     PLORA_TRY(plora__resolve_rounding(adapters, &options->rounding));
     PLORA_CHECK(options->moments >= PLORA_MOMENTS_DEFAULT && options->moments <= PLORA_MOMENTS_KEEP,
                 PLORA_ERROR_INVALID_ARGUMENT, "moments %d is unknown", options->moments);

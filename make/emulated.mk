@@ -10,7 +10,7 @@ $(BUILD)/tests/emulated/%: $(BUILD)/tests/emulated/%.o $(SUPPORT) $(BUILD)/libpl
 
 # Of the operations, the same programs as on the CPU; and the benchmark, which on the emulator only has to run.
 GPU_TESTS := $(patsubst %,$(BUILD)/tests/%,test_philox test_model test_model_files test_optimizer test_linear test_linear_errors \
-               test_vectors_linear test_merge test_batch test_dequantise test_unload test_residual test_checkpoint test_peft test_gguf test_export \
+               test_vectors_linear test_merge test_batch test_dequantise test_quantise test_quantised test_unload test_residual test_checkpoint test_peft test_gguf test_export \
                test_compact test_llama test_ledger test_context test_threads test_batch_forward test_registry \
                test_registry_threads)
 EMULATED_TESTS = $(DEVICE_TESTS) $(GPU_TESTS)

@@ -27,10 +27,11 @@ BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c)
 bench: $(BUILD)/finetune $(BUILD)/serve $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready) | deps-bench
 	$(BUILD)/venv/bin/python tests/bench/bench.py --build $(BUILD) $(if $(PEERS),--peers $(BUILD)/venv-peers/bin/python)
 
-# What 16-bit weights hold after many unloads (docs/precision.md).
+# What 16-bit and quantised weights hold after many unloads (docs/precision.md).
 .PHONY: precision
-precision: $(BUILD)/study/precision
-	$<
+precision: $(BUILD)/study/precision $(BUILD)/study/precision_quantised
+	$(BUILD)/study/precision
+	$(BUILD)/study/precision_quantised
 # Whether sums of tensor cores keep to the bound of the merge's tests, however they add.
 .PHONY: tensor-sums
 tensor-sums: $(BUILD)/study/tensor_sums

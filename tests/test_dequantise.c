@@ -188,7 +188,7 @@ static void run(const struct dequantise_case *c)
 static struct dequantise_case random_case(int32_t format, int64_t rows, int64_t columns)
 {
     struct dequantise_case c = {.format = format, .rows = rows, .columns = columns};
-    static const int64_t groups[] = {1, 7, 32, 64, 128};
+    static const int64_t groups[] = {1, 2, 3, 7, 32, 64, 128};
     const int64_t group = groups[check_integer(0, CHECK_COUNT(groups) - 1)];
     c.group = check_integer(0, 2) == 0 ? columns : group;
     c.nested = format == PLORA__QUANTISED_NF4 && check_integer(0, 1);

@@ -113,4 +113,5 @@ const struct plora_backend plora__cpu_backend = {
     .batch_panel_count = cpu_batch_panel_count,
     .batch_pack = cpu_batch_pack,
     .dequantise = cpu_dequantise,
+    .quantise = cpu_quantise,
 };

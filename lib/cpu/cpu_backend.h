@@ -46,5 +46,6 @@ void cpu_batch_pack(const float *b, int64_t out_features, int64_t rank, float *p
 plora_status cpu_write(void *device, void *destination, const void *source, size_t bytes, void *stream);
 
 plora_status cpu_dequantise(void *device, const struct plora__dequantise_args *args, void *stream);
+plora_status cpu_quantise(void *device, const struct plora__quantise_args *args);
 
 #endif

@@ -15,13 +15,14 @@
  * [256,49152] x [49152,576], pieces of 16384 run at 313 GFLOP/s in fp32 where one product runs at 217.
  *
  * Precision: operands are bf16 when x and W are (and the processor multiplies bf16), else fp32, widened here: `in` as a
- * whole, W one panel at a time. Accumulation is fp32. In bf16 the low-rank operands are rounded copies padded to `padded_rank`.
+ * whole, W one panel at a time, as is a quantised W, which panels make what the operands are. Accumulation is fp32. In bf16 the low-rank operands are rounded copies padded to `padded_rank`.
  *
  * Workspace (plan): what is marked * exists once per thread.
  *     in_wide[T,D] x_wide[T,K] dropped[T,K] low[T,R] u[T,R] v[T,R] a16[R,K] b16[N,R] gradient[R,N] bias[N] pieces[T,O] expand
  *     *gradient[R,K+N] instead of that *weight_tile[D,PANEL] *sum_tile[T,PANEL] *delta_tile[T,PANEL] */
 #include "convert_kernels.h"
 #include "cpu_backend.h"
+#include "dequantise_kernels.h"
 #include "dtype.h"
 #include "isa.h"
 #include "product.h"
@@ -80,7 +81,10 @@ static struct plan make_plan(const struct cpu_device *cpu, const struct plora__l
     const int narrow_out = !plan.bf16 && (args->x.dtype == PLORA_BF16 || args->y.dtype == PLORA_BF16 ||
                                           (args->dx.data != NULL && args->dx.dtype == PLORA_BF16));
 
-    plan.weight_tile_bytes = !plan.bf16 && args->weight.dtype != PLORA_F32 ? wider * PANEL * sizeof(float) : 0;
+    if (args->quantised != NULL)
+        plan.weight_tile_bytes = wider * PANEL * (plan.bf16 ? sizeof(uint16_t) : sizeof(float));
+    else if (!plan.bf16 && args->weight.dtype != PLORA_F32)
+        plan.weight_tile_bytes = wider * PANEL * sizeof(float);
     plan.whole = !cpu->deterministic && plan.weight_tile_bytes == 0 && !narrow_out;
     const size_t tile_columns = plan.whole && wider > PANEL * threads ? wider : PANEL * threads;
     plan.sum_tile_bytes = (tokens * tile_columns + threads - 1) / threads * sizeof(float);
@@ -257,12 +261,13 @@ static struct panel place_panel(const struct side *side, int64_t begin, int64_t 
     const struct plan *plan = side->plan;
     char *workspace = side->args->workspace;
     struct panel panel = {.weight = side->weight, .sum = side->out};
-    panel.weight.data = at(&side->weight, 0, begin);
+    if (side->args->quantised == NULL) panel.weight.data = at(&side->weight, 0, begin);
     panel.sum.data = at(&side->out, 0, begin);
-    if (!plan->bf16 && side->weight.dtype != PLORA_F32) {
-        float *tile = (float *)(void *)(workspace + plan->weight_tile + plan->weight_tile_bytes * (size_t)thread);
-        panel.weight = side->weight.column_stride == 1 ? rows_of(tile, width, PLORA_F32)
-                                                       : transposed(rows_of(tile, side->d, PLORA_F32));
+    if (plan->weight_tile_bytes > 0) {
+        void *tile = workspace + plan->weight_tile + plan->weight_tile_bytes * (size_t)thread;
+        const int32_t dtype = plan->bf16 ? PLORA_BF16 : PLORA_F32;
+        panel.weight =
+            side->weight.column_stride == 1 ? rows_of(tile, width, dtype) : transposed(rows_of(tile, side->d, dtype));
     }
     panel.narrow = !plan->bf16 && side->out.dtype != PLORA_F32;
     if (panel.narrow)
@@ -286,11 +291,21 @@ static plora_status prepare_panel(struct cpu_device *cpu, const struct side *sid
     return PLORA_OK;
 }
 
-static void widen_weight(const struct side *side, int64_t begin, int64_t width, const struct panel *panel)
+/* The panel's part of W, in its tile. */
+static void fill_weight(const struct side *side, int64_t begin, int64_t width, const struct panel *panel)
 {
     const struct cpu_convert_kernels *convert = cpu_convert_kernels(cpu_isa());
     const int by_rows = side->weight.column_stride == 1;
     const int64_t lines = by_rows ? side->d : width, length = by_rows ? width : side->d;
+    if (side->args->quantised != NULL) {
+        const struct plora__dequantise_args args = {
+            .weight = *side->args->quantised,
+            .first_row = by_rows ? 0 : begin,
+            .first_column = by_rows ? begin : 0,
+            .out = {panel->weight.data, lines, length, length, panel->weight.dtype, 0}};
+        cpu_dequantise_with(cpu_dequantise_kernels(cpu_isa()), 1, &args);
+        return;
+    }
     for (int64_t i = 0; i < lines; ++i)
         convert->widen((float *)panel->weight.data + i * length,
                        by_rows ? at(&side->weight, i, begin) : at(&side->weight, 0, begin + i), side->weight.dtype,
@@ -308,7 +323,7 @@ static int run_panel(const struct cpu_device *cpu, const struct side *side, cons
         for (int64_t t = 0; t < side->tokens; ++t)
             convert->widen(at(&panel.sum, t, 0), at(&side->out, t, begin), side->out.dtype, width);
     if (side->base) {
-        if (panel.weight.data != at(&side->weight, 0, begin)) widen_weight(side, begin, width, &panel);
+        if (side->plan->weight_tile_bytes > 0) fill_weight(side, begin, width, &panel);
         struct cpu_product base = base_product(side, width, panel.weight, panel.sum);
         if (base.bias != NULL) base.bias += begin;
         const int status = cpu_product_run(cpu, primitives->base, &base, thread);

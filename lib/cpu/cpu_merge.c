@@ -188,7 +188,12 @@ void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const 
     const struct layout places = layout(kernels, args);
     const int dry = args->overflows != NULL;
     const struct partial *partials = (const struct partial *)((char *)args->workspace + places.partials);
-    const double effective = args->sums != NULL && !dry ? effective_rank(kernels, threads, args, &places) : 0;
+    const int ranked = args->sums != NULL && !dry && args->part != PLORA__MERGE_ROWS;
+    const double effective = ranked ? effective_rank(kernels, threads, args, &places) : 0;
+    if (args->part == PLORA__MERGE_RANK) {
+        *args->sums = (struct plora__merge_sums){.effective_rank = effective};
+        return;
+    }
     pack_right(kernels, threads, args, &places);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (int64_t number = 0; number < places.blocks; ++number)

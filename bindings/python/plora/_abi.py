@@ -1,7 +1,7 @@
 # Made from include/plora.h by make_abi.py: do not edit, `make abi-update` writes it.
 """plora.h as ctypes: constants, structs, prototypes. What each means is said in plora.h."""
 from ctypes import CFUNCTYPE, POINTER, Structure
-from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_void_p
+from ctypes import c_char_p, c_double, c_float, c_int32, c_int64, c_size_t, c_uint32, c_uint64, c_uint8, c_void_p
 
 PLORA_OK = 0
 PLORA_ERROR_INVALID_ARGUMENT = 1
@@ -25,6 +25,13 @@ PLORA_LOG_WARNING = 1
 PLORA_LOG_INFO = 2
 PLORA_LAYER_FAN_IN_FAN_OUT = 1
 PLORA_LAYER_HEAD = 2
+PLORA_QUANTISED_INT8 = 0
+PLORA_QUANTISED_NF4 = 1
+PLORA_QUANTISE_KEEP_OFFSET = 1
+PLORA_MASTER_NONE = 0
+PLORA_MASTER_HOST = 1
+PLORA_MASTER_MEMORY = 2
+PLORA_MASTER_FILE = 3
 PLORA_INIT_KAIMING_UNIFORM = 0
 PLORA_INIT_GAUSSIAN = 1
 PLORA_RESIDUAL_DEFAULT = 0
@@ -116,6 +123,37 @@ class plora_linear(Structure):
     _defaults_ = {}
 
 
+class plora_quantised(Structure):
+    _fields_ = [
+        ("codes", c_void_p),
+        ("scales", POINTER(c_float)),
+        ("nested_codes", POINTER(c_uint8)),
+        ("map", POINTER(c_float)),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("group", c_int64),
+        ("format", c_int32),
+        ("offset", c_float),
+    ]
+    _defaults_ = {"format": 1}
+
+
+class plora_quantised_linear(Structure):
+    _fields_ = [
+        ("struct_size", c_size_t),
+        ("name", c_char_p),
+        ("weight", plora_quantised),
+        ("bias", c_void_p),
+        ("bias_dtype", c_int32),
+        ("flags", c_int32),
+        ("master", c_int32),
+        ("reserved", c_int32),
+        ("values", plora_matrix),
+        ("directory", c_char_p),
+    ]
+    _defaults_ = {}
+
+
 class plora_adapters_override(Structure):
     _fields_ = [
         ("pattern", c_char_p),
@@ -194,6 +232,8 @@ class plora_unload_options(Structure):
         ("momentum", c_double),
         ("moments", c_int32),
         ("rounding", c_int32),
+        ("without_master", c_int32),
+        ("reserved", c_int32),
     ]
     _defaults_ = {"momentum": 1.0, "rounding": -1}
 
@@ -210,6 +250,8 @@ class plora_unload_layer(Structure):
         ("lost_max", c_double),
         ("effective_rank", c_double),
         ("lost_rms", c_double),
+        ("quantised_rms", c_double),
+        ("quantised_max", c_double),
     ]
 
 
@@ -228,6 +270,8 @@ class plora_unload_report(Structure):
         ("layers", POINTER(plora_unload_layer)),
         ("layer_capacity", c_int64),
         ("lost_rms", c_double),
+        ("quantised_rms", c_double),
+        ("quantised_max", c_double),
     ]
     _defaults_ = {}
 
@@ -386,6 +430,16 @@ FUNCTIONS = {
     "plora_model_layer_count": (c_int32, [c_void_p]),
     "plora_model_find_layer": (c_int32, [c_void_p, c_char_p, POINTER(c_int32)]),
     "plora_model_layer": (c_int32, [c_void_p, c_int32, POINTER(plora_linear)]),
+    "plora_quantised_size": (
+        c_int32,
+        [POINTER(plora_quantised), c_int32, POINTER(c_size_t), POINTER(c_size_t), POINTER(c_size_t)],
+    ),
+    "plora_quantised_map": (c_int32, [POINTER(c_float)]),
+    "plora_quantise": (c_int32, [c_void_p, POINTER(plora_matrix), POINTER(plora_quantised), c_uint32, c_void_p]),
+    "plora_dequantise": (c_int32, [c_void_p, POINTER(plora_quantised), POINTER(plora_matrix), c_void_p]),
+    "plora_model_add_quantised": (c_int32, [c_void_p, POINTER(plora_quantised_linear), POINTER(c_int32)]),
+    "plora_model_quantised": (c_int32, [c_void_p, c_int32, POINTER(plora_quantised_linear)]),
+    "plora_model_requantise": (c_int32, [c_void_p, c_void_p]),
     "plora_model_find_tensor": (c_int32, [c_void_p, c_char_p, POINTER(plora_matrix)]),
     "plora_model_clear_residuals": (c_int32, [c_void_p, c_void_p]),
     "plora_model_save": (c_int32, [c_void_p, c_char_p]),
