@@ -28,7 +28,7 @@ HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
 BATCH, TOKENS, RANK = 4, 256, 16
-PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train", "serve")
+PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train", "torch", "serve")
 PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
 
 
@@ -53,12 +53,19 @@ def output_of(*command):
     return json.loads(result.stdout)
 
 
+def environment_of_plora(build):
+    """What lets a peer import our Python package, with the library of this build."""
+    package = os.path.join(HERE, "..", "..", "bindings", "python")
+    return {"PLORA_LIBRARY": os.path.abspath(os.path.join(build, "libplora.so")), "PYTHONPATH": os.path.abspath(package)}
+
+
 class Peer:
     """One variant of peers.py, which waits on its standard input between requests."""
 
-    def __init__(self, python, *arguments, keep_heap=True):
+    def __init__(self, python, *arguments, keep_heap=True, build=None):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("MALLOC_")}
         environment.update(KEEP_HEAP if keep_heap else {}, HF_HUB_OFFLINE="1")
+        environment.update(environment_of_plora(build) if build else {})
         command = [*PREFIX, python, os.path.join(HERE, "peers.py"), *arguments]
         self.log = tempfile.TemporaryFile(mode="w+")
         self.process = subprocess.Popen(
@@ -656,6 +663,78 @@ def add_training_limits(measured, dtype, limits, config, report):
         )
 
 
+# ------------------------------------------------------------------------------------------------------- plora in torch
+
+
+def measure_torch_training(bench, dtype, target, report):
+    """The same Hugging Face model, the same loop and fp32 adapters, with PEFT's layers and with ours, in turns."""
+    heading(f"training steps in torch, {dtype}, PEFT's layers and ours")
+    config = os.path.join(bench.model, "config.json")
+    shape = ("--config", config, "--dtype", dtype, "--rank", str(RANK), "--batch", str(BATCH), "--tokens", str(TOKENS))
+    peers = {
+        name: Peer(bench.peers, "train", *shape, "--adapters", "fp32", "--layers", name, build=bench.build)
+        for name in ("peft", "plora")
+    }
+    seconds, memory = {name: [] for name in peers}, {}
+    for peer in peers.values():
+        peer.ask("train", steps=2)
+    for _ in range(3):
+        for name, peer in peers.items():
+            answer = peer.ask("train", steps=2)
+            seconds[name] += answer["seconds"]
+            memory[name] = answer["peak_rss_bytes"]
+    for peer in peers.values():
+        peer.__exit__()
+    ours, theirs = spread(seconds["plora"]), spread(seconds["peft"])
+    report.add(
+        f"torch_step_vs_peft_{dtype}",
+        "a step with PEFT's layers over one with ours, fp32 adapters in both",
+        theirs["median"] / ours["median"],
+        target,
+        ours=ours,
+        other=theirs,
+    )
+    report.add(
+        "torch_rss_vs_peft",
+        "peak memory of the process with our layers over that with PEFT's",
+        memory["plora"] / memory["peft"],
+        0.7,
+        part=dtype,
+        most=True,
+        ours={"MB": memory["plora"] / 1e6},
+        other={"MB": memory["peft"] / 1e6},
+    )
+
+
+def measure_torch_merge(bench, report):
+    heading("plora.torch's unload and PEFT's merge_adapter, 4096 x 4096")
+    with Peer(bench.peers, "merge", build=bench.build) as peer:
+        for dtype in ("fp32", "bf16"):
+            shape = {"rows": 4096, "columns": 4096, "rank": RANK, "dtype": dtype, "repeats": 3}
+            ours, theirs = [], []
+            for _ in range(5):
+                theirs += peer.ask("merge", **shape)["seconds"]
+                ours += peer.ask("unload", **shape)["seconds"]
+            ours, theirs = spread(ours), spread(theirs)
+            report.add(
+                "merge_vs_peft",
+                "PEFT's merge_adapter() over our unload, both from Python and to nearest",
+                theirs["median"] / ours["median"],
+                4.0,
+                part=dtype,
+                ours=ours,
+                other=theirs,
+            )
+
+
+def measure_torch(bench, report):
+    if not bench.peers:
+        return
+    measure_torch_training(bench, "fp32", 1.10, report)
+    measure_torch_training(bench, "bf16", 1.25, report)
+    measure_torch_merge(bench, report)
+
+
 # ---------------------------------------------------------------------------------------------------------- the server
 
 
@@ -715,6 +794,8 @@ def measure(bench, parts, report):
     if "unload" in parts:
         measure_unload(bench, limits, report)
     bench.measurements["training"] = training
+    if "torch" in parts:
+        measure_torch(bench, report)
     if "serve" in parts:
         measure_serving(bench, report)
     if "unload" in parts:

@@ -46,7 +46,13 @@ class Training:
         torch.set_default_dtype(torch.float32)
         model.config.use_cache = False
         self.frozen = args.adapters == "none"
-        if self.frozen:
+        if args.layers == "plora":
+            import plora.torch
+
+            adapters = plora.torch.attach(model, args.rank, 2 * args.rank)
+            self.parameters = adapters.parameters.numel()
+            self.optimizer = plora.torch.AdamW(adapters, lr=1e-4)
+        elif self.frozen:
             model.requires_grad_(False)
             model.enable_input_require_grads()
         else:
@@ -111,6 +117,24 @@ class Merge:
             model.merge_adapter()
             seconds.append(time.perf_counter() - begin)
             model.unmerge_adapter()
+        return {"seconds": seconds[WARM_UP:], "peak_rss_bytes": peak_rss()}
+
+    def unload(self, request):
+        """Ours on the same layer, through plora.torch; B is filled anew each time, as an unload leaves it 0."""
+        import plora.torch
+
+        rows, columns, rank, dtype = request["rows"], request["columns"], request["rank"], request["dtype"]
+        key = ("unload", rows, columns, rank, dtype)
+        if key not in self.made:
+            torch.manual_seed(0)
+            linear = torch.nn.Linear(columns, rows, bias=False, dtype=DTYPES[dtype])
+            self.made[key] = plora.torch.attach(torch.nn.Sequential(linear), rank, 2 * rank, residual="none")
+        adapters, seconds = self.made[key], []
+        for _ in range(WARM_UP + request["repeats"]):
+            adapters.layer("0").b.normal_(std=1e-3)
+            begin = time.perf_counter()
+            adapters.unload(rounding="nearest", report=False)
+            seconds.append(time.perf_counter() - begin)
         return {"seconds": seconds[WARM_UP:], "peak_rss_bytes": peak_rss()}
 
     def addmm(self, request):
@@ -223,6 +247,7 @@ def main():
     parser.add_argument("--config", help="config.json of the model")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--adapters", choices=["fp32", "bf16", "none"], default="fp32")
+    parser.add_argument("--layers", choices=["peft", "plora"], default="peft", help="whose adapters")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
@@ -242,7 +267,7 @@ def main():
         if args.variant == "train":
             operations["train"] = side.train
         else:
-            operations.update(merge=side.merge, addmm=side.addmm, layer=side.layer_step, batch=side.batch, clear=side.clear)
+            operations.update(merge=side.merge, unload=side.unload, addmm=side.addmm, layer=side.layer_step, batch=side.batch, clear=side.clear)
         answer({"ready": True})
         for line in sys.stdin:
             request = json.loads(line)
