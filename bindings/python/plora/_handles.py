@@ -46,6 +46,11 @@ def fields(value: ctypes.Structure, *left_out: str) -> Dict[str, Any]:
     return {name: getattr(value, name) for name, *_ in value._fields_ if name not in ("struct_size", "reserved", *left_out)}
 
 
+def known(kind: Any, values: Dict[str, Any]) -> Dict[str, Any]:
+    """What of a report's values the tuple has a place for: structs of the library only ever grow."""
+    return {name: value for name, value in values.items() if name in kind._fields}
+
+
 class _Owner:
     """A handle of the library, destroyed when nothing looks at its memory any more. `keep` lives as long."""
 
@@ -468,6 +473,8 @@ class LayerReport(NamedTuple):
     lost_max: float
     lost_rms: float
     effective_rank: float
+    quantised_rms: float  # of a weight with a master, else 0: rms and max of what products see less the master
+    quantised_max: float
 
 
 class UnloadReport(NamedTuple):
@@ -489,8 +496,9 @@ class UnloadReport(NamedTuple):
         parts = []
         for part in layers[: report.weights]:
             values = fields(part, "layer")
-            parts.append(LayerReport(name=model.layer(part.layer)["name"], **values))
-        return cls(**fields(report, "layers", "layer_capacity"), layers=tuple(parts))
+            parts.append(LayerReport(name=model.layer(part.layer)["name"], **known(LayerReport, values)))
+        values = fields(report, "layers", "layer_capacity")
+        return cls(**known(cls, values), layers=tuple(parts))
 
     def __str__(self) -> str:
         return (
@@ -556,7 +564,7 @@ class Optimizer(_Object):
         """One update from the gradients times gradient_scale. NonFinite: nothing changed, not counted."""
         result = struct("step_report") if report else None
         check(lib.plora_optimizer_step(self.handle, gradient_scale, result and byref(result), stream))
-        return StepReport(**fields(result)) if report else None
+        return StepReport(**known(StepReport, fields(result))) if report else None
 
     def zero_gradients(self, stream: Optional[int] = None) -> None:
         check(lib.plora_optimizer_zero_gradients(self.handle, stream))
