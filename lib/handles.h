@@ -205,8 +205,8 @@ struct plora_adapters {
     struct plora_ledger *ledger;                      /* which holds a reference to the adapters; NULL = none */
 };
 
-/* unload.c: what the backend is to merge into a weight with these factors, in device memory: a[rank, K], b[N, rank]. No workspace yet. */
-struct plora__merge_args plora__merge_weight(const plora_model *model, int32_t weight, const float *a, const float *b,
+/* unload.c: what the backend is to merge into weight `number` with these factors, in device memory: a[rank, K], b[N, rank]. No workspace yet. */
+struct plora__merge_args plora__merge_weight(const plora_model *model, int32_t number, const float *a, const float *b,
                                              int64_t rank, double factor);
 /* What it is to merge for adapter `number` at momentum 1, without sums. */
 struct plora__merge_args plora__merge_args(const plora_adapters *adapters, int32_t number);
