@@ -191,7 +191,7 @@ void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const 
     const int ranked = args->sums != NULL && !dry && args->part != PLORA__MERGE_ROWS;
     const double effective = ranked ? effective_rank(kernels, threads, args, &places) : 0;
     if (args->part == PLORA__MERGE_RANK) {
-        *args->sums = (struct plora__merge_sums){.effective_rank = effective};
+        if (args->sums != NULL) *args->sums = (struct plora__merge_sums){.effective_rank = effective};
         return;
     }
     pack_right(kernels, threads, args, &places);
