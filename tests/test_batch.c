@@ -157,7 +157,7 @@ static void batch_free(struct batch *batch)
 /* Each adapter is a list of slots of its own, of which the first is used. */
 static const struct plora__batch_slot **make_adapters(const struct batch *batch)
 {
-    const struct plora__batch_slot **adapters = allocate((size_t)batch->c.slots * sizeof *adapters);
+    const struct plora__batch_slot **adapters = allocate((size_t)batch->c.slots * sizeof(void *));
     for (int32_t i = 0; i < batch->c.slots; ++i)
         adapters[i] = device_of(&batch->slots[i]);
     device_refresh(adapters);
