@@ -390,7 +390,7 @@ static void bench_batch(int count, int32_t tokens, int64_t side, int32_t rank, i
         adapters[i] = device_slots + i;
     device_copy(device_segments, segments, sizeof segments);
     device_copy(device_slots, slots, (size_t)count * sizeof *slots);
-    device_copy(device_adapters, adapters, (size_t)count * sizeof *adapters);
+    device_copy(device_adapters, adapters, (size_t)count * sizeof(void *));
     c.all.segments = device_segments;
     c.all.adapters = device_adapters;
     c.all.workspace = device_malloc(context->backend->batch_workspace(context->device, &c.all));

@@ -242,7 +242,7 @@ static void batch_case(int32_t dtype, int32_t rank, int32_t count)
     for (int32_t i = 0; i < count; ++i)
         adapters[i] = device_slots + i;
     device_copy(device_slots, slots, (size_t)count * sizeof *slots);
-    device_copy(device_adapters, adapters, (size_t)count * sizeof *adapters);
+    device_copy(device_adapters, adapters, (size_t)count * sizeof(void *));
     device_copy(device_segments, segments, (size_t)count * sizeof *segments);
     args.adapters = device_adapters;
     args.segments = device_segments;

@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -31,6 +32,13 @@ EOS = 2
 MERGES = ["t h", "th e", "Ġ t", "Ġt h", "i n", "e r", "a n"]
 CHAT_TEMPLATE = ("{% for m in messages %}{% if loop.first and m['role'] != 'system' %}{{ '<|im_start|>system\nin the end<|im_end|>\n' }}"
                  "{% endif %}{{'<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n'}}{% endfor %}")
+
+
+def wait_until(true, seconds=20):
+    deadline = time.monotonic() + seconds * SLOWER
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def small_tokenizer():

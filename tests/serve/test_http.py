@@ -7,7 +7,7 @@ import time
 
 import openai
 import pytest
-from conftest import SLOWER, Server
+from conftest import SLOWER, Server, wait_until
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +197,7 @@ def test_a_client_that_does_not_read(model_directory, tmp_path):
             client.connect(("127.0.0.1", server.port))
             body = json.dumps({"model": "tiny", "prompt": "the", "max_tokens": 90000, "ignore_eos": True, "stream": True, "temperature": 0}).encode()
             client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+            wait_until(lambda: server.metric("sequences_running") + server.metric("requests_cancelled_total") == 1)  # the first of the two
             assert server.text("in", max_tokens=5, ignore_eos=True) is not None
             assert server.metric("requests_cancelled_total") == 1
 

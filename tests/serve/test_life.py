@@ -8,7 +8,7 @@ import time
 
 import openai
 import pytest
-from conftest import PROGRAM, SLOWER, Server
+from conftest import PROGRAM, SLOWER, Server, wait_until
 
 FOREVER = {"max_tokens": 99000, "ignore_eos": True, "temperature": 0}
 
@@ -17,13 +17,6 @@ FOREVER = {"max_tokens": 99000, "ignore_eos": True, "temperature": 0}
 def long(long_directory):
     with Server("--model", long_directory, "--context", 100000, "--slots", 2, "--queue", 3, "--drain-seconds", 1) as server:
         yield server
-
-
-def wait_until(true, seconds=20):
-    deadline = time.monotonic() + seconds * SLOWER
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def begin(server, stream):
