@@ -28,7 +28,7 @@ HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
 BATCH, TOKENS, RANK = 4, 256, 16
-PARTS = ("machine", "layer", "batch", "unload", "optimizer", "ledger", "export", "train", "torch", "serve")
+PARTS = ("machine", "layer", "optimizer", "ledger", "export", "train", "unload", "torch", "serve", "batch")
 PEAK_FLOP = 1e9  # products smaller than this do not count for the peak
 
 
@@ -267,7 +267,8 @@ def measure_layer(bench, report):
         for dtype, sides in ours.items():
             for side, seconds in sides.items():
                 seconds.extend(answer[dtype][side])
-        for dtype, sides in theirs.items() if peer else ():
+        for dtype in bench.peer_dtypes:
+            sides = theirs[dtype]
             if round_number == 0:
                 peer.ask("layer", repeats=3, dtype=dtype, **shape)
             answer = peer.ask("layer", repeats=11, dtype=dtype, **shape)
@@ -324,7 +325,7 @@ def measure_batch(bench, report):
                     ours=ours["delta_64"],
                     other=ours["delta_1"],
                 )
-                if not peer:
+                if dtype not in bench.peer_dtypes:
                     continue
                 theirs = peer.ask(
                     "batch", rows=rows, columns=columns, rank=RANK, tokens=tokens, adapters=64, prefill=tokens > 256,
@@ -419,7 +420,7 @@ def add_unload_limits(ours, limits, report, bench):
             )
 
 
-def measure_unload(bench, limits, report):
+def measure_unload(bench, report):
     heading("unload, 4096 x 4096 and 11008 x 4096")
     ours, merges, additions, memory = {}, {}, {}, {}
     peers = (
@@ -440,7 +441,7 @@ def measure_unload(bench, limits, report):
                         memory[(dtype, name)] = answer["peak_rss_bytes"]
                         if round_number >= 0:
                             merges.setdefault((dtype, name), []).extend(answer["seconds"])
-                if peers and " " not in dtype:
+                if dtype in bench.peer_dtypes:
                     answer = peers["tuned"].ask("addmm", repeats=5, **shape)
                     if round_number >= 0:
                         additions.setdefault((dtype, rank), []).extend(answer["seconds"])
@@ -449,7 +450,7 @@ def measure_unload(bench, limits, report):
             unload_once(bench, ours, 9, 11008, 4096, rank, dtype)
     for peer in peers.values():
         peer.__exit__()
-    add_unload_limits(ours, limits, report, bench)
+    add_unload_limits(ours, bench.limits, report, bench)
     bench.measurements["peak_rss_bytes_of_merging"] = {" ".join(key): value for key, value in memory.items()}
     for (dtype, name), seconds in merges.items():
         other, mine = spread(seconds), spread(ours[(4096, 4096, 8, dtype)]["unload"])
@@ -474,6 +475,10 @@ def measure_unload(bench, limits, report):
             ours=mine,
             other=other,
         )
+
+
+    lines = subprocess.run([*PREFIX, bench.program("bench_kernels"), "5"], stdout=subprocess.PIPE, text=True, check=True)
+    bench.measurements["kernels"] = [json.loads(line) for line in lines.stdout.splitlines()]
 
 
 # -------------------------------------------------------------------------------------------------------------- ledger
@@ -571,7 +576,7 @@ def measure_training_of(bench, dtype, rounds):
             )
             for of in adapters
         }
-        if bench.peers
+        if dtype in bench.peer_dtypes
         else {}
     )
     seconds, memory, flop = {}, {}, None
@@ -595,6 +600,13 @@ def measure_training_of(bench, dtype, rounds):
         "flop_per_step": flop,
         "tokens_per_second": {name: BATCH * TOKENS / statistics.median(values) for name, values in seconds.items()},
     }
+
+
+def measure_training(bench, report):
+    bench.measurements["training"] = training = {dtype: measure_training_of(bench, dtype, 3) for dtype in ("fp32", "bf16")}
+    for dtype, measured in training.items():
+        add_training(measured, dtype, report)
+        add_training_limits(measured, dtype, bench.limits, bench.config(), report)
 
 
 def add_training(measured, dtype, report):
@@ -730,8 +742,9 @@ def measure_torch_merge(bench, report):
 def measure_torch(bench, report):
     if not bench.peers:
         return
-    measure_torch_training(bench, "fp32", 1.10, report)
-    measure_torch_training(bench, "bf16", 1.25, report)
+    for dtype, target in (("fp32", 1.10), ("bf16", 1.25)):
+        if dtype in bench.peer_dtypes:
+            measure_torch_training(bench, dtype, target, report)
     measure_torch_merge(bench, report)
 
 
@@ -758,6 +771,7 @@ class Bench:
         self.build, self.peers = args.build, args.peers
         self.model = args.model or random_model.write(os.path.join(args.build, "bench", "model"))
         self.measurements = {}
+        self.peer_dtypes = ("fp32", "bf16") if args.peers else ()
 
     def program(self, name):
         return os.path.join(self.build, "bench", name)
@@ -767,43 +781,31 @@ class Bench:
             return json.load(file)
 
 
-def measure(bench, parts, report):
+def measure(bench, parts, report, save):
+    """All parts in turn; save(machine, limits) is called after each, so that a run that is cut off leaves what it has."""
     machine, begin = describe_machine(), time.monotonic()
     heading("limits of the machine")
     runs = [output_of(bench.program("bench_machine"), "7")]
+    limits = Limits(runs)
+    if not runs[0]["bf16_products"]:  # then one step of torch's in bf16 takes minutes, which compares nothing
+        bench.peer_dtypes = bench.peer_dtypes[:1]
     machine.update(threads=runs[0]["threads"], onednn=runs[0]["onednn"], onednn_isa=hex(runs[0]["onednn_isa"]))
     if bench.peers:
         with Peer(bench.peers, "merge") as peer:
             machine["peers"] = peer.ask("versions")
-    if "layer" in parts:
-        measure_layer(bench, report)
-    if "batch" in parts:
-        measure_batch(bench, report)
-    if "optimizer" in parts:
-        measure_optimizer(bench, report)
-    if "ledger" in parts:
-        measure_ledger(bench, report)
-    if "export" in parts:
-        measure_export(bench, report)
-    training = {dtype: measure_training_of(bench, dtype, 3) for dtype in ("fp32", "bf16")} if "train" in parts else {}
-    heading("limits of the machine, again")
-    limits = Limits(runs + [output_of(bench.program("bench_machine"), "7")])
-    for dtype, measured in training.items():
-        add_training(measured, dtype, report)
-        add_training_limits(measured, dtype, limits, bench.config(), report)
-    if "unload" in parts:
-        measure_unload(bench, limits, report)
-    bench.measurements["training"] = training
-    if "torch" in parts:
-        measure_torch(bench, report)
-    if "serve" in parts:
-        measure_serving(bench, report)
-    if "unload" in parts:
-        lines = subprocess.run(
-            [*PREFIX, bench.program("bench_kernels"), "5"], stdout=subprocess.PIPE, text=True, check=True
-        )
-        bench.measurements["kernels"] = [json.loads(line) for line in lines.stdout.splitlines()]
-    machine.update(load_after=os.getloadavg()[0], seconds=time.monotonic() - begin)
+    measures = {"layer": measure_layer, "optimizer": measure_optimizer, "ledger": measure_ledger, "export": measure_export,
+                "train": measure_training, "unload": measure_unload, "torch": measure_torch, "serve": measure_serving,
+                "batch": measure_batch}
+    for part in PARTS[1:]:
+        if part not in parts:
+            continue
+        if part in ("train", "unload"):  # what they are set against is measured beside them
+            heading("limits of the machine, again")
+            runs.append(output_of(bench.program("bench_machine"), "7"))
+            limits = bench.limits = Limits(runs)
+        measures[part](bench, report)
+        machine.update(load_after=os.getloadavg()[0], seconds=time.monotonic() - begin)
+        save(machine, limits)
     return machine, limits
 
 
@@ -824,15 +826,19 @@ def main():
     if not set(parts) <= set(PARTS):
         parser.error(f"--only: the parts are {', '.join(PARTS)}")
     bench, report = Bench(args), Report()
-    machine, limits = measure(bench, parts, report)
-    result = {
-        "machine": machine,
-        "limits": limits.summary(),
-        "figures": report.finish(),
-        "measurements": bench.measurements,
-    }
-    write(os.path.join(args.build, "bench.json"), json.dumps(result, indent=1))
-    write(os.path.join(args.build, "bench.md"), report.markdown())
+
+    def save(machine, limits):
+        result = {
+            "machine": machine,
+            "limits": limits.summary(),
+            "figures": report.finish(),
+            "measurements": bench.measurements,
+        }
+        write(os.path.join(args.build, "bench.json"), json.dumps(result, indent=1))
+        write(os.path.join(args.build, "bench.md"), report.markdown())
+
+    machine, limits = measure(bench, parts, report, save)
+    save(machine, limits)
     print(report.table())
     print(
         f"\n{machine['cpu']}, {machine['threads']} threads, oneDNN {machine['onednn']}; products "

@@ -21,6 +21,7 @@ import torch
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP = 2  # untimed repeats of each request, as on the other side: caches belong to whoever measured last
+LEAST_ROUNDS, BATCH_SECONDS, SLOW_STEP_SECONDS = 3, 20.0, 10.0
 
 
 def peak_rss():
@@ -83,8 +84,9 @@ class Training:
         return float(output.loss.detach())
 
     def train(self, request):
+        """Seconds of `steps` steps, or of one that is slow: bf16 where the processor has no such products."""
         seconds, loss = [], 0.0
-        for _ in range(request["steps"]):
+        while len(seconds) < request["steps"] and not (seconds and seconds[0] > SLOW_STEP_SECONDS):
             begin = time.perf_counter()
             loss = self.step()
             seconds.append(time.perf_counter() - begin)
@@ -186,6 +188,7 @@ class Merge:
         """Inference of one layer: the base alone, PEFT's mixed batch (adapter_names), and one call for each adapter.
 
         A sequence of a mixed batch has one adapter: decode is `tokens` sequences of 1, prefill one sequence for each adapter.
+        No round is begun after BATCH_SECONDS, but LEAST_ROUNDS are.
         """
         from peft import LoraConfig, get_peft_model
 
@@ -212,8 +215,11 @@ class Merge:
                 layer(x[i * share : (i + 1) * share])
 
         seconds = {"base": [], "mixed": [], "each": []}
+        begun = time.perf_counter()
         with torch.inference_mode():
-            for _ in range(WARM_UP + request["repeats"]):
+            for i in range(WARM_UP + request["repeats"]):
+                if i >= WARM_UP + LEAST_ROUNDS and time.perf_counter() - begun > BATCH_SECONDS:
+                    break
                 for name, call in (("base", lambda: base(x)), ("mixed", lambda: layer(x, adapter_names=names)), ("each", each)):
                     begin = time.perf_counter()
                     call()
