@@ -24,7 +24,7 @@ serve-many: $(BUILD)/serve_many
 	$(BUILD)/serve_many
 
 BENCH := $(patsubst tests/bench/%.c,$(BUILD)/bench/%,$(wildcard tests/bench/*.c))
-bench: $(BUILD)/finetune $(BUILD)/serve $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready) | deps-bench
+bench: $(BUILD)/libplora.so $(BUILD)/finetune $(BUILD)/serve $(BENCH) $(BUILD)/venv/ready $(if $(PEERS),$(BUILD)/venv-peers/ready) | deps-bench
 	$(BUILD)/venv/bin/python tests/bench/bench.py --build $(BUILD) $(if $(PEERS),--peers $(BUILD)/venv-peers/bin/python)
 
 # What 16-bit and quantised weights hold after many unloads (docs/precision.md).
