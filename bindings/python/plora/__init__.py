@@ -35,10 +35,14 @@ from ._native import (
     version,
 )
 
+from ._quantised import Quantised
+from ._serving import Batch, Registry, Snapshot, SnapshotInfo
+
 __version__ = version()
 
 __all__ = [
-    "Adapter", "Adapters", "BackendFailure", "BackendUnavailable", "Busy", "Context", "Error", "InputOutput", "InvalidArgument",
-    "LayerReport", "Ledger", "Malformed", "Model", "NonFinite", "NotFound", "Optimizer", "OutOfMemory", "ShapeMismatch",
-    "StepReport", "Unsupported", "UnloadReport", "load_checkpoint", "save_checkpoint", "version",
+    "Adapter", "Adapters", "BackendFailure", "BackendUnavailable", "Batch", "Busy", "Context", "Error", "InputOutput",
+    "InvalidArgument", "LayerReport", "Ledger", "Malformed", "Model", "NonFinite", "NotFound", "Optimizer", "OutOfMemory",
+    "Quantised", "Registry", "ShapeMismatch", "Snapshot", "SnapshotInfo", "StepReport", "Unsupported", "UnloadReport",
+    "load_checkpoint", "save_checkpoint", "version",
 ]  # fmt: skip

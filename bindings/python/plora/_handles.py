@@ -15,6 +15,7 @@ from typing import Any, Dict, Iterator, List, Mapping, NamedTuple, Optional, Seq
 from . import _abi
 from ._memory import CPU, CUDA, matrix_of
 from ._native import Error, InvalidArgument, NotFound, arena, check, create, lib, memory, path_bytes, struct
+from ._quantised import Quantised
 
 Patterns = Union[None, str, Sequence[str]]
 
@@ -52,12 +53,16 @@ def known(kind: Any, values: Dict[str, Any]) -> Dict[str, Any]:
 
 
 class _Owner:
-    """A handle of the library, destroyed when nothing looks at its memory any more. `keep` lives as long."""
+    """A handle of the library, destroyed when nothing looks at its memory any more. `keep` lives as long.
 
-    __slots__ = ("__weakref__", "handle", "keep")
+    Calls are given the owner itself, so that an object that another thread closes ends after the call.
+    """
+
+    __slots__ = ("__weakref__", "_as_parameter_", "handle", "keep")
 
     def __init__(self, handle: int, destroy: Any, keep: Any) -> None:
-        self.handle, self.keep = handle, keep
+        self.handle = self._as_parameter_ = handle
+        self.keep = keep
         weakref.finalize(self, destroy, handle)
 
 
@@ -67,12 +72,17 @@ class _Object:
     _owner: Optional[_Owner] = None
 
     @property
-    def handle(self) -> int:
-        """The address of the library's object, for calls of one's own through plora._native."""
+    def held(self) -> _Owner:
+        """For a call: the library's object, which lives while this is referred to."""
         owner = self._owner
         if owner is None:
             raise Error(f"this {type(self).__name__} is closed")
-        return owner.handle
+        return owner
+
+    @property
+    def handle(self) -> int:
+        """The address of the library's object, for calls of one's own through plora._native."""
+        return self.held.handle
 
     @property
     def closed(self) -> bool:
@@ -143,10 +153,10 @@ class Context(_Object):
 
     def memory(self) -> Dict[str, int]:
         """current_bytes, peak_bytes, allocations, mapped_bytes, and the same of device memory."""
-        return fields(memory(self.handle))
+        return fields(memory(self.held))
 
     def synchronize(self, stream: Optional[int] = None) -> None:
-        check(lib.plora_synchronize(self.handle, stream))
+        check(lib.plora_synchronize(self.held, stream))
 
 
 # -------------------------------------------------------------------------------------------------------------- model
@@ -158,9 +168,9 @@ class Model(_Object):
     def __init__(self, context: Optional[Context] = None, *, path: Any = None) -> None:
         self.context = context or Context()
         if path is None:
-            handle = create(lib.plora_model_create, self.context.handle)
+            handle = create(lib.plora_model_create, self.context.held)
         else:
-            handle = create(lib.plora_model_open, self.context.handle, path_bytes(path))
+            handle = create(lib.plora_model_open, self.context.held, path_bytes(path))
         # The library's model keeps its context; what Python must keep alive are callbacks and weights.
         self._owner = _Owner(handle, lib.plora_model_destroy, [self.context._owner])
 
@@ -176,42 +186,88 @@ class Model(_Object):
 
         Layers whose weights are the very same memory are tied: one adapter, merged once.
         """
-        handle = self.handle
-        matrix, keep = matrix_of(weight, f"weight of '{name}'", self.context.dl_device, write=True)
-        keep_bias, bias_matrix = None, _abi.plora_matrix()
+        matrix, owner = matrix_of(weight, f"weight of '{name}'", self.context.dl_device, write=True)
+        keep, bias_matrix = [owner], _abi.plora_matrix()
         if bias is not None:
-            bias_matrix, keep_bias = matrix_of(bias, f"bias of '{name}'", self.context.dl_device)
             features = matrix.columns if fan_in_fan_out else matrix.rows
-            if (bias_matrix.rows, bias_matrix.columns) != (1, features):
-                raise InvalidArgument(
-                    f"bias of '{name}' is [{bias_matrix.rows},{bias_matrix.columns}]: must have {features} elements"
-                )
-        return self.add_matrix(name, matrix, bias_matrix.data, bias_matrix.dtype, fan_in_fan_out, head, (keep, keep_bias), handle)
+            bias_matrix = self._vector(bias, f"bias of '{name}'", features, keep)
+        return self.add_matrix(name, matrix, bias_matrix.data, bias_matrix.dtype, fan_in_fan_out, head, keep)
+
+    def _vector(self, array: Any, what: str, features: int, keep: List[Any]) -> Any:
+        matrix, owner = matrix_of(array, what, self.context.dl_device)
+        if (matrix.rows, matrix.columns) != (1, features):
+            raise InvalidArgument(f"{what} is [{matrix.rows},{matrix.columns}]: must have {features} elements")
+        keep.append(owner)
+        return matrix
 
     def add_matrix(
-        self, name: str, matrix: Any, bias: Optional[int], bias_dtype: int, fan_in_fan_out: bool, head: bool,
-        keep: Any = None, handle: Optional[int] = None,
-    ) -> int:  # fmt: skip
+        self, name: str, matrix: Any, bias: Optional[int], bias_dtype: int, fan_in_fan_out: bool, head: bool, keep: Any = None
+    ) -> int:
         """The same from addresses; `keep` is kept alive as long as the model."""
         linear = struct("linear", name=name, weight=matrix, bias=bias, bias_dtype=bias_dtype)
+        return self._add(lib.plora_model_add_linear, linear, fan_in_fan_out, head, keep)
+
+    def _add(self, function: Any, linear: Any, fan_in_fan_out: bool, head: bool, keep: Any) -> int:
         linear.flags = _abi.PLORA_LAYER_FAN_IN_FAN_OUT * bool(fan_in_fan_out) | _abi.PLORA_LAYER_HEAD * bool(head)
-        layer = c_int32()
-        check(lib.plora_model_add_linear(handle or self.handle, byref(linear), byref(layer)))
-        self._owner.keep.append(keep)
+        owner, layer = self.held, c_int32()
+        check(function(owner, byref(linear), byref(layer)))
+        owner.keep.append(keep)
         return layer.value
 
+    def add_quantised(
+        self, name: str, weight: Quantised, bias: Any = None, fan_in_fan_out: bool = False, head: bool = False, *,
+        master: Any = None, values: Any = None,
+    ) -> int:  # fmt: skip
+        """Adds a layer whose weight is int8 or NF4, and returns its index; the arrays of `weight` are used where they are.
+
+        master: what unloads add to, and make the codes from. None: nothing, to be trained on alone; "memory": a copy in memory; a
+        directory: in a file without a name there; or an fp32 array of the weight's shape in host memory, which unloads write.
+        values: what the first two of these start from, fp32, bf16 or fp16; None = what the codes hold.
+        """
+        linear = struct("quantised_linear", name=name, weight=weight.described)
+        keep: List[Any] = [weight]
+        shape = weight.shape
+        if bias is not None:
+            features = shape[1] if fan_in_fan_out else shape[0]
+            matrix = self._vector(bias, f"bias of '{name}'", features, keep)
+            linear.bias, linear.bias_dtype = matrix.data, matrix.dtype
+        if hasattr(master, "__array_interface__") or hasattr(master, "__dlpack__"):
+            if values is not None:
+                raise InvalidArgument(f"master of '{name}' is an array, which holds its values: values= must be None")
+            linear.master, values = _abi.PLORA_MASTER_HOST, master
+        elif master == "memory":
+            linear.master = _abi.PLORA_MASTER_MEMORY
+        elif master is not None:
+            linear.master, linear.directory = _abi.PLORA_MASTER_FILE, path_bytes(master)
+        if values is not None:
+            host = linear.master == _abi.PLORA_MASTER_HOST
+            device = (CPU, 0) if host else None
+            linear.values, owner = matrix_of(values, f"values of '{name}'", device, write=host)
+            keep.append(owner if host else None)
+        return self._add(lib.plora_model_add_quantised, linear, fan_in_fan_out, head, keep)
+
+    def master(self, layer: int) -> Any:
+        """The master of a quantised layer as a numpy view, fp32; None without one, NotFound where the layer is not quantised."""
+        linear = struct("quantised_linear")
+        check(lib.plora_model_quantised(self.held, layer, byref(linear)))
+        return view(linear.values, self._owner) if linear.values.data else None
+
+    def requantise(self, stream: Optional[int] = None) -> None:
+        """Makes the codes of all layers anew from their masters, which the host has written itself."""
+        check(lib.plora_model_requantise(self.held, stream))
+
     def __len__(self) -> int:
-        return lib.plora_model_layer_count(self.handle)
+        return lib.plora_model_layer_count(self.held)
 
     def find(self, name: str) -> int:
         layer = c_int32()
-        check(lib.plora_model_find_layer(self.handle, name.encode(), byref(layer)))
+        check(lib.plora_model_find_layer(self.held, name.encode(), byref(layer)))
         return layer.value
 
     def layer(self, layer: int) -> Dict[str, Any]:
-        """name, in_features, out_features, dtype, fan_in_fan_out, head; weight: a numpy view, of a CUDA model None."""
+        """name, in_features, out_features, dtype, fan_in_fan_out, head; weight: a numpy view; None on CUDA, or quantised."""
         linear = struct("linear")
-        check(lib.plora_model_layer(self.handle, layer, byref(linear)))
+        check(lib.plora_model_layer(self.held, layer, byref(linear)))
         matrix = linear.weight
         swapped = bool(linear.flags & _abi.PLORA_LAYER_FAN_IN_FAN_OUT)
         return {
@@ -230,18 +286,18 @@ class Model(_Object):
     def tensor(self, name: str) -> Any:
         """A tensor of an opened model by its full name, as a numpy view; a vector has one row."""
         matrix = _abi.plora_matrix()
-        check(lib.plora_model_find_tensor(self.handle, name.encode(), byref(matrix)))
+        check(lib.plora_model_find_tensor(self.held, name.encode(), byref(matrix)))
         return self._view(matrix)
 
     def _view(self, matrix: Any) -> Any:
-        return view(matrix, self._owner) if self.context.backend == "cpu" else None
+        return view(matrix, self._owner) if self.context.backend == "cpu" and matrix.data else None
 
     def save(self, path: Any) -> None:
         """All tensors with their present values, as one safetensors file; atomic."""
-        check(lib.plora_model_save(self.handle, path_bytes(path)))
+        check(lib.plora_model_save(self.held, path_bytes(path)))
 
     def clear_residuals(self, stream: Optional[int] = None) -> None:
-        check(lib.plora_model_clear_residuals(self.handle, stream))
+        check(lib.plora_model_clear_residuals(self.held, stream))
 
 
 def view(matrix: Any, owner: Any) -> Any:
@@ -337,9 +393,9 @@ class Adapters(_Object):
         )
         self.model = model
         if directory is None:
-            handle = create(lib.plora_adapters_create, model.handle, byref(options))
+            handle = create(lib.plora_adapters_create, model.held, byref(options))
         else:
-            handle = create(lib.plora_adapters_load, model.handle, path_bytes(directory), byref(options))
+            handle = create(lib.plora_adapters_load, model.held, path_bytes(directory), byref(options))
         self._owner = _Owner(handle, lib.plora_adapters_destroy, model._owner)
 
     @classmethod
@@ -349,16 +405,16 @@ class Adapters(_Object):
 
     def save(self, directory: Any) -> None:
         """The live adapter as a PEFT directory. What was unloaded is in the weights, not here."""
-        check(lib.plora_adapters_save(self.handle, path_bytes(directory)))
+        check(lib.plora_adapters_save(self.held, path_bytes(directory)))
 
     @property
     def stage(self) -> int:
         """Unloads so far."""
-        return lib.plora_adapters_stage(self.handle)
+        return lib.plora_adapters_stage(self.held)
 
     def arena(self, gradients: bool = False) -> Tuple[int, int]:
         """(address, floats) of the parameters, or of the gradients."""
-        return arena(lib.plora_adapters_gradients if gradients else lib.plora_adapters_parameters, self.handle)
+        return arena(lib.plora_adapters_gradients if gradients else lib.plora_adapters_parameters, self.held)
 
     def _flat(self, gradients: bool) -> Any:
         address, count = self.arena(gradients)
@@ -377,7 +433,7 @@ class Adapters(_Object):
     def matrices(self, layer: int) -> Any:
         """plora_adapter of a layer; NotFound where it has none."""
         adapter = struct("adapter")
-        check(lib.plora_adapters_layer(self.handle, layer, byref(adapter)))
+        check(lib.plora_adapters_layer(self.held, layer, byref(adapter)))
         return adapter
 
     def layer(self, layer: int) -> Adapter:
@@ -406,7 +462,7 @@ class Adapters(_Object):
         device = self.model.context.dl_device
         x_matrix, keep_x = matrix_of(x, "x", device)
         y_matrix, keep_y = matrix_of(y, "y", device, write=True)
-        check(lib.plora_linear_forward(self.handle, layer, byref(x_matrix), byref(y_matrix), flags, stream))
+        check(lib.plora_linear_forward(self.held, layer, byref(x_matrix), byref(y_matrix), flags, stream))
         del keep_x, keep_y
         return y
 
@@ -423,7 +479,7 @@ class Adapters(_Object):
         dx_matrix, keep_dx = (None, None) if dx is None else matrix_of(dx, "dx", device, write=True)
         check(
             lib.plora_linear_backward(
-                self.handle, layer, byref(x_matrix), byref(dy_matrix), dx_matrix and byref(dx_matrix), flags, stream
+                self.held, layer, byref(x_matrix), byref(dy_matrix), dx_matrix and byref(dx_matrix), flags, stream
             )
         )
         del keep_x, keep_dy, keep_dx
@@ -431,14 +487,15 @@ class Adapters(_Object):
 
     def set_dropout_position(self, step: int, first_token: int = 0) -> None:
         """The masks of the calls that follow are a function of (seed, step, layer, first_token + row, column)."""
-        check(lib.plora_adapters_set_dropout_position(self.handle, step, first_token))
+        check(lib.plora_adapters_set_dropout_position(self.held, step, first_token))
 
     def unload(
         self, optimizer: Optional["Optimizer"] = None, *, momentum: float = 1.0, moments: str = "default",
-        rounding: str = "default", report: bool = True, stream: Optional[int] = None,
+        rounding: str = "default", without_master: bool = False, report: bool = True, stream: Optional[int] = None,
     ) -> "Optional[UnloadReport]":  # fmt: skip
         """Ends a stage: W += m s B A. m = 1: a fresh adapter, optimizer and schedule restart; m < 1: A, B times sqrt(1 - m).
 
+        without_master: quantised weights without a master, which are refused, are unloaded into all the same and lose nearly all of it.
         Returns what each weight could hold of it, or with report = False nothing, which is quicker.
         """
         options = struct(
@@ -446,15 +503,16 @@ class Adapters(_Object):
             momentum=float(momentum),
             moments=choice("moments", moments, MOMENTS),
             rounding=choice("rounding", rounding, ROUNDINGS),
+            without_master=int(without_master),
         )
-        handle = self.handle
+        handle = self.held
         result, layers = None, None
         if report:
             layers = (_abi.plora_unload_layer * max(1, len(self.model)))()
             result = struct("unload_report", layers=layers, layer_capacity=len(layers))
         check(
             lib.plora_unload(
-                handle, optimizer.handle if optimizer else None, byref(options), result and byref(result), stream
+                handle, optimizer.held if optimizer else None, byref(options), result and byref(result), stream
             )
         )
         return UnloadReport.of(result, layers, self.model) if report else None
@@ -557,35 +615,35 @@ class Optimizer(_Object):
             rewarmup_steps=rewarmup,
         )
         self.adapters = adapters
-        handle = create(lib.plora_optimizer_create, adapters.handle, byref(options))
+        handle = create(lib.plora_optimizer_create, adapters.held, byref(options))
         self._owner = _Owner(handle, lib.plora_optimizer_destroy, adapters._owner)
 
     def step(self, gradient_scale: float = 1.0, report: bool = False, stream: Optional[int] = None) -> Optional[StepReport]:
         """One update from the gradients times gradient_scale. NonFinite: nothing changed, not counted."""
         result = struct("step_report") if report else None
-        check(lib.plora_optimizer_step(self.handle, gradient_scale, result and byref(result), stream))
+        check(lib.plora_optimizer_step(self.held, gradient_scale, result and byref(result), stream))
         return StepReport(**known(StepReport, fields(result))) if report else None
 
     def zero_gradients(self, stream: Optional[int] = None) -> None:
-        check(lib.plora_optimizer_zero_gradients(self.handle, stream))
+        check(lib.plora_optimizer_zero_gradients(self.held, stream))
 
     def reset(self, stream: Optional[int] = None) -> None:
-        check(lib.plora_optimizer_reset(self.handle, stream))
+        check(lib.plora_optimizer_reset(self.held, stream))
 
     @property
     def learning_rate(self) -> float:
         """Of A in the next step."""
-        return lib.plora_optimizer_learning_rate(self.handle)
+        return lib.plora_optimizer_learning_rate(self.held)
 
     def set_learning_rate(self, lr: float) -> None:
         """lr from the next step on; the schedule goes on as a factor on it."""
-        check(lib.plora_optimizer_set_learning_rate(self.handle, float(lr)))
+        check(lib.plora_optimizer_set_learning_rate(self.held, float(lr)))
 
     def addresses(self) -> Tuple[int, int, int, int]:
         """(first moment, second moment or 0, floats, steps since the last reset)."""
         kind = ctypes.POINTER(ctypes.c_float)
         first, second, count, step = kind(), kind(), c_int64(), c_int64()
-        check(lib.plora_optimizer_state(self.handle, byref(first), byref(second), byref(count), byref(step)))
+        check(lib.plora_optimizer_state(self.held, byref(first), byref(second), byref(count), byref(step)))
         cast = lambda pointer: ctypes.cast(pointer, c_void_p).value or 0  # noqa: E731
         return cast(first), cast(second), count.value, step.value
 
@@ -599,12 +657,12 @@ class Optimizer(_Object):
 def save_checkpoint(adapters: Adapters, optimizer: Optional[Optimizer], path: Any, weights: bool = False) -> None:
     """Adapters, moments, counters, stage and residuals in one file; with `weights` what they were merged into, too."""
     flags = _abi.PLORA_CHECKPOINT_WEIGHTS if weights else 0
-    check(lib.plora_checkpoint_save(adapters.handle, optimizer.handle if optimizer else None, path_bytes(path), flags))
+    check(lib.plora_checkpoint_save(adapters.held, optimizer.held if optimizer else None, path_bytes(path), flags))
 
 
 def load_checkpoint(adapters: Adapters, optimizer: Optional[Optimizer], path: Any) -> None:
     """Goes on to the very same bits. An error has changed nothing."""
-    check(lib.plora_checkpoint_load(adapters.handle, optimizer.handle if optimizer else None, path_bytes(path)))
+    check(lib.plora_checkpoint_load(adapters.held, optimizer.held if optimizer else None, path_bytes(path)))
 
 
 # ------------------------------------------------------------------------------------------------------------- ledger
@@ -620,47 +678,47 @@ class Ledger(_Object):
         self, adapters: Adapters, path: Any = None, *, original: Optional[Model] = None, sync: bool = True,
         hash_weights: bool = False,
     ) -> None:  # fmt: skip
+        first = original.held if original else None
         options = struct(
             "ledger_options",
             path=None if path is None else path_bytes(path),
-            original=original.handle if original else None,
+            original=first.handle if first else None,
             sync=int(sync),
             hash_weights=int(hash_weights),
         )
         self.adapters = adapters
-        handle = create(lib.plora_ledger_open, adapters.handle, byref(options))
-        keep = (adapters._owner, original._owner if original else None)
-        self._owner = _Owner(handle, lib.plora_ledger_destroy, keep)
+        handle = create(lib.plora_ledger_open, adapters.held, byref(options))
+        self._owner = _Owner(handle, lib.plora_ledger_destroy, (adapters._owner, first))
 
     def __len__(self) -> int:
-        return lib.plora_ledger_length(self.handle)
+        return lib.plora_ledger_length(self.held)
 
     @property
     def position(self) -> int:
         """Records that the weights hold; -1: not known."""
-        return lib.plora_ledger_position(self.handle)
+        return lib.plora_ledger_position(self.held)
 
     def record(self, record: int) -> Dict[str, Any]:
         info = struct("ledger_record_info")
-        check(lib.plora_ledger_record(self.handle, record, byref(info)))
+        check(lib.plora_ledger_record(self.held, record, byref(info)))
         return fields(info)
 
     def factors(self, record: int, layer: int) -> Tuple[Any, Any, float]:
         """(A [R,K], B [N,R], m s) before that unload, as copies."""
         a, b, factor = _abi.plora_matrix(), _abi.plora_matrix(), ctypes.c_double()
-        check(lib.plora_ledger_factors(self.handle, record, layer, byref(a), byref(b), byref(factor)))
+        check(lib.plora_ledger_factors(self.held, record, layer, byref(a), byref(b), byref(factor)))
         return view(a, self._owner).copy(), view(b, self._owner).copy(), factor.value
 
     def roll_back(self, records: int, weights_only: bool = False) -> None:
         """Makes the weights W_t, t = records, and the adapters those of that time."""
-        check(lib.plora_ledger_roll_back(self.handle, records, _abi.PLORA_LEDGER_WEIGHTS_ONLY * bool(weights_only)))
+        check(lib.plora_ledger_roll_back(self.held, records, _abi.PLORA_LEDGER_WEIGHTS_ONLY * bool(weights_only)))
 
     def truncate(self, records: int) -> None:
-        check(lib.plora_ledger_truncate(self.handle, records))
+        check(lib.plora_ledger_truncate(self.held, records))
 
     def verify(self) -> None:
         """Raises InvalidArgument unless the weights are W_t, t = position, bit for bit."""
-        check(lib.plora_ledger_verify(self.handle))
+        check(lib.plora_ledger_verify(self.held))
 
     def export(
         self, path: Any, *, format: str = "peft", rank: int = 0, max_error: float = 0.0, live: bool = True, records: int = -1,
@@ -678,13 +736,13 @@ class Ledger(_Object):
             kv_heads=kv_heads,
         )
         report = struct("export_report")
-        check(lib.plora_ledger_export(self.handle, path_bytes(path), byref(options), byref(report)))
+        check(lib.plora_ledger_export(self.held, path_bytes(path), byref(options), byref(report)))
         return fields(report, "layers", "layer_capacity")
 
     def compact(self, path: Any, first: int, count: int, *, rank: int = 0, max_error: float = 0.0) -> Dict[str, Any]:
         """A smaller ledger at `path`, in which one record stands for `count` from `first` on."""
         options, report = struct("export_options", rank=rank, max_error=float(max_error)), struct("export_report")
-        check(lib.plora_ledger_compact(self.handle, path_bytes(path), first, count, byref(options), byref(report)))
+        check(lib.plora_ledger_compact(self.held, path_bytes(path), first, count, byref(options), byref(report)))
         return fields(report, "layers", "layer_capacity")
 
 

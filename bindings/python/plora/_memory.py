@@ -12,8 +12,9 @@ from typing import Any, NamedTuple, Optional, Tuple
 from ._abi import PLORA_BF16, PLORA_F16, PLORA_F32, plora_matrix
 from ._native import InvalidArgument, ShapeMismatch, Unsupported
 
-SIZES = {PLORA_F32: 4, PLORA_BF16: 2, PLORA_F16: 2}
-NAMES = {"float32": PLORA_F32, "bfloat16": PLORA_BF16, "float16": PLORA_F16}
+BYTES = -1  # codes of quantised weights, which are no matrix's dtype
+SIZES = {PLORA_F32: 4, PLORA_BF16: 2, PLORA_F16: 2, BYTES: 1}
+NAMES = {"float32": PLORA_F32, "bfloat16": PLORA_BF16, "float16": PLORA_F16, "int8": BYTES, "uint8": BYTES}
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13  # kDLCPU ...
 
 
@@ -21,7 +22,7 @@ class Memory(NamedTuple):
     address: int
     shape: Tuple[int, ...]
     strides: Tuple[int, ...]  # in elements
-    dtype: int  # PLORA_F32 ...
+    dtype: int  # PLORA_F32 ... or BYTES
     device: Tuple[int, int]  # DLPack's (type, ordinal)
     writable: bool
     owner: Any  # keeps it alive
@@ -47,7 +48,7 @@ class _DLTensor(ctypes.Structure):
     ]
 
 
-_DL_DTYPES = {(2, 32): PLORA_F32, (2, 16): PLORA_F16, (4, 16): PLORA_BF16}  # (code, bits)
+_DL_DTYPES = {(2, 32): PLORA_F32, (2, 16): PLORA_F16, (4, 16): PLORA_BF16, (0, 8): BYTES, (1, 8): BYTES}  # (code, bits)
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
     ("PyCapsule_GetPointer", ctypes.pythonapi)
 )
@@ -110,9 +111,35 @@ def memory_of(array: Any) -> Memory:
     raise TypeError(f"{type(array).__name__} is no array: it has neither __array_interface__ nor __dlpack__")
 
 
+def _check_place(memory: Memory, what: str, device: Optional[Tuple[int, int]], write: bool) -> None:
+    if write and not memory.writable:
+        raise InvalidArgument(f"{what} is read-only")
+    if device is not None and memory.device != device and not (device[0] == CPU and memory.device[0] == CUDA_HOST):
+        raise InvalidArgument(f"{what} lies on device {memory.device} (DLPack), the context on {device}")
+
+
+def run_of(array: Any, what: str, dtype: int, bytes_: int, device: Tuple[int, int], write: bool = True) -> Tuple[int, Any]:
+    """(address, owner) of an array of any shape without gaps that has so many bytes."""
+    memory = memory_of(array)
+    count = 1
+    for length in memory.shape:
+        count *= length
+    if memory.dtype != dtype:
+        raise Unsupported(f"{what} must be of {'float32' if dtype == PLORA_F32 else '8 bits'}")
+    dense = _dense(memory.shape)
+    if any(a != b for a, b, length in zip(memory.strides, dense, memory.shape) if length > 1):
+        raise Unsupported(f"{what} of shape {memory.shape} has strides {memory.strides}: must have no gaps")
+    if count * SIZES[dtype] != bytes_:
+        raise ShapeMismatch(f"{what} has {count} elements: must have {bytes_ // SIZES[dtype]}")
+    _check_place(memory, what, device, write)
+    return memory.address, memory.owner
+
+
 def matrix_of(array: Any, what: str, device: Optional[Tuple[int, int]] = (CPU, 0), write: bool = False):
     """(plora_matrix, its owner) of a 2-D array, or of a vector as one row. `what` names it in errors."""
     memory = memory_of(array)
+    if memory.dtype == BYTES:
+        raise Unsupported(f"{what} has a dtype of 8 bits: must be float32, bfloat16 or float16")
     shape, strides = memory.shape, memory.strides
     if len(shape) == 1:
         shape, strides = (1, *shape), (shape[0], *strides)
@@ -124,8 +151,5 @@ def matrix_of(array: Any, what: str, device: Optional[Tuple[int, int]] = (CPU, 0
     stride = strides[0] if rows > 1 else columns
     if stride < columns:
         raise Unsupported(f"{what} of shape {memory.shape} has strides {memory.strides}: rows must not overlap")
-    if write and not memory.writable:
-        raise InvalidArgument(f"{what} is read-only")
-    if device is not None and memory.device != device and not (device[0] == CPU and memory.device[0] == CUDA_HOST):
-        raise InvalidArgument(f"{what} lies on device {memory.device} (DLPack), the context on {device}")
+    _check_place(memory, what, device, write)
     return plora_matrix(memory.address or None, rows, columns, max(stride, 1), memory.dtype, 0), memory.owner
