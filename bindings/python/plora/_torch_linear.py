@@ -17,6 +17,7 @@ from torch.nn import functional
 from . import _abi
 from ._abi import plora_matrix
 from ._native import Error, InvalidArgument, check, lib
+from ._torch_quantised import QuantisedWeight
 
 DELTA, DROPOUT = _abi.PLORA_LINEAR_DELTA_ONLY, _abi.PLORA_LINEAR_DROPOUT
 ACTIVATIONS = {torch.float32: _abi.PLORA_F32, torch.bfloat16: _abi.PLORA_BF16}
@@ -42,27 +43,38 @@ def matrix(rows: torch.Tensor) -> plora_matrix:
 class Layer:
     """One adapted module: what a call needs, looked up once."""
 
-    __slots__ = ("adapters", "conv", "index", "inputs", "library", "name", "outputs", "pointer")
+    __slots__ = ("adapters", "conv", "index", "inputs", "library", "name", "outputs", "pointer", "quantised")
 
-    def __init__(self, adapters: Any, name: str, index: int, module: Any, conv: bool, library: bool) -> None:
+    def __init__(
+        self, adapters: Any, name: str, index: int, module: Any, conv: bool, library: bool, quantised: Optional[QuantisedWeight]
+    ) -> None:
         self.adapters, self.name, self.index, self.conv, self.library = adapters, name, index, conv, library
-        weight = module.weight
-        self.inputs, self.outputs = (weight.shape[0], weight.shape[1]) if conv else (weight.shape[1], weight.shape[0])
+        weight, self.quantised = module.weight, quantised
+        shape = weight.shape if quantised is None else quantised.described.shape
+        self.inputs, self.outputs = (shape[0], shape[1]) if conv else (shape[1], shape[0])
         self.pointer = weight.data_ptr()
 
     # ---------------------------------------------------------------------------------------------------- torch's part
 
     def base(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         """x W^T + bias in x's dtype."""
-        weight, bias = module.weight, module.bias
+        weight, bias = module.weight if self.quantised is None else self.dequantised(x.dtype), module.bias
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
-            bias = None if bias is None else bias.to(x.dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         if not self.conv:
             return functional.linear(x, weight, bias)
         rows = x.reshape(-1, self.inputs)
         y = torch.addmm(bias, rows, weight) if bias is not None else torch.mm(rows, weight)
         return y.view(*x.shape[:-1], self.outputs)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The whole of a quantised weight: for what runs without adapters; products with them dequantise panels."""
+        out = torch.empty(self.outputs, self.inputs, dtype=dtype if dtype in ACTIVATIONS else torch.float32, device=self.adapters.device)
+        described, adapters = self.quantised.described.described, self.adapters
+        check(lib.plora_dequantise(adapters.core.model.context.held, byref(described), byref(matrix(out)), adapters.stream()))
+        return out
 
     def base_backward(self, module: Any, dy: torch.Tensor) -> torch.Tensor:
         weight = module.weight
@@ -74,13 +86,15 @@ class Layer:
 
     def forward(self, module: Any, x: torch.Tensor, mask: Optional[Tuple[int, int]]) -> torch.Tensor:
         """[..., K] to [..., N]; mask: the dropout position, or None."""
-        staged = x.dtype not in ACTIVATIONS
+        staged = x.dtype not in ACTIVATIONS  # fp16
+        if staged and self.quantised is not None:
+            return self.forward(module, x.float(), mask).to(x.dtype)
         own = self.library and not staged and x.numel() > 0
         y = x.new_empty(*x.shape[:-1], self.outputs) if own else self.base(module, x)
         if x.numel() == 0:
             return y
         x_rows, y_rows = rows_of(x), y.view(-1, self.outputs)
-        if staged:  # fp16
+        if staged:
             part = torch.zeros_like(y_rows, dtype=torch.float32)
             self.call_forward(rows_of(x_rows.float()), part, DELTA, mask)
             y_rows += part
@@ -95,10 +109,13 @@ class Layer:
             return torch.zeros_like(x) if want_dx else None
         x_rows, dy_rows = rows_of(x), rows_of(dy)
         if x.dtype not in ACTIVATIONS or dy_rows.dtype not in ACTIVATIONS:  # fp16
+            if self.quantised is not None:
+                dx = self.backward(module, x.float(), dy.float(), want_dx, mask)
+                return dx if dx is None else dx.to(x.dtype)
             part = torch.zeros_like(x_rows, dtype=torch.float32, memory_format=torch.contiguous_format) if want_dx else None
             self.call_backward(rows_of(x_rows.float()), rows_of(dy_rows.float()), part, DELTA, mask)
             return (self.base_backward(module, dy_rows) + part).view(x.shape).to(x.dtype) if want_dx else None
-        dx = None
+        dx: Optional[torch.Tensor] = None
         if want_dx:
             if self.library:
                 dx = x_rows.new_empty(x_rows.shape)
@@ -175,8 +192,10 @@ def adapted_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         x = x.to(torch.get_autocast_dtype(kind))
-    elif x.dtype != weight.dtype:
+    elif x.dtype != weight.dtype and layer.quantised is None:
         raise InvalidArgument(f"layer '{layer.name}': x is {x.dtype}, the weight {weight.dtype}")
+    if layer.quantised is not None and x.dtype not in ACTIVATIONS and x.dtype != torch.float16:
+        raise InvalidArgument(f"layer '{layer.name}': x is {x.dtype}: must be float32, bfloat16 or float16")
     mask = adapters.mask() if adapters.dropout > 0.0 and module.training else None
     if not torch.is_grad_enabled():
         return layer.forward(module, x, mask)

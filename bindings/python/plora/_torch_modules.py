@@ -1,7 +1,8 @@
 """Which modules of a torch model can carry an adapter, and how their weights lie in memory.
 
-Taken: nn.Linear (W [N,K]) and transformers' Conv1D (W [K,N]), and subclasses that compute as these do. Refused by name: weights
-of another dtype or layout, quantised ones (bitsandbytes, torchao, GPTQ, AWQ ...), those that are not there (meta).
+Taken: nn.Linear (W [N,K]) and transformers' Conv1D (W [K,N]), and subclasses that compute as these do; what bitsandbytes has
+quantised (_torch_quantised.py). Refused by name: weights of another dtype or layout, quantised otherwise (torchao, GPTQ, AWQ ...), those
+that are not there (meta).
 """
 
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
@@ -9,7 +10,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 import torch
 from torch import nn
 
-from . import _abi
+from . import _abi, _torch_quantised
 from ._native import InvalidArgument, Unsupported
 
 DTYPES = {torch.float32: _abi.PLORA_F32, torch.bfloat16: _abi.PLORA_BF16, torch.float16: _abi.PLORA_F16}
@@ -54,8 +55,10 @@ def _problem(module: nn.Module) -> str:
     kind = type(module)
     package = kind.__module__.split(".")[0]
     weight = getattr(module, "weight", None)
+    if _torch_quantised.is_quantised(module) and not weight.is_meta:
+        return _torch_quantised.problem(module)
     if package in QUANTISERS:
-        return f"is quantised, a {kind.__module__}.{kind.__name__}: only fp32, bf16 and fp16 weights can take an unload"
+        return f"is quantised, a {kind.__module__}.{kind.__name__}: only fp32, bf16, fp16 and bitsandbytes' int8 and NF4 weights are supported"
     if not isinstance(weight, torch.Tensor):
         return f"is a {kind.__name__} without a weight of its own"
     if type(weight).__module__.split(".")[0] in QUANTISERS or hasattr(weight, "quant_state"):
@@ -90,7 +93,8 @@ def find(model: nn.Module) -> Iterator[Found]:
         if id(module) in inside_attention:
             problem = "is computed inside nn.MultiheadAttention, which does not call it"
         head = module is output or name.rpartition(".")[2] in HEADS
-        yield Found(name or "linear", module, bool(not problem and memory_swapped(module)), head, problem)
+        swapped = not problem and not _torch_quantised.is_quantised(module) and memory_swapped(module)
+        yield Found(name or "linear", module, bool(swapped), head, problem)
 
 
 def refuse(found: List[Found], targeted: Set[str]) -> None:

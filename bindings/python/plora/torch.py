@@ -23,10 +23,11 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Uni
 import torch
 from torch import nn
 
-from . import _abi, _handles, _torch_modules
+from . import _abi, _handles, _torch_modules, _torch_quantised
 from ._handles import Adapter, Ledger, StepReport, UnloadReport, choice
 from ._native import Error, InvalidArgument, NotFound, Unsupported
 from ._torch_linear import Layer, adapted_forward
+from ._torch_quantised import QuantisedWeight
 
 __all__ = ["AdamW", "Adapters", "SGD", "attach", "from_pretrained"]
 
@@ -108,13 +109,15 @@ class _Adapted:
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         if destination.pop(prefix + "plora", None) is not None:
-            destination[prefix + _CHECKPOINT] = self._plora_layer.adapters._checkpoint(None)
+            destination[prefix + _CHECKPOINT] = self._plora_layer.adapters._checkpoint(None, masters=True)
 
     def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, strict: bool, missing: List[str],
                               unexpected: List[str], errors: List[str]) -> None:  # fmt: skip
         parameter = self._parameters.pop("plora", None)  # type: ignore[attr-defined]
         blob = state.get(prefix + _CHECKPOINT)
         without = {key: value for key, value in state.items() if key != prefix + _CHECKPOINT}
+        if self._plora_layer.quantised is not None:
+            without = self._plora_layer.quantised.load(without, prefix, errors)
         try:
             super()._load_from_state_dict(without, prefix, metadata, strict, missing, unexpected, errors)  # type: ignore[misc]
         finally:
@@ -149,8 +152,10 @@ class Adapters:
     def __init__(
         self, model: nn.Module, found: List[_torch_modules.Found], core: _handles.Adapters, indices: Dict[str, int],
         device: torch.device, dropout: float, base: str, trainable: Dict[nn.Parameter, bool],
+        quantised: Dict[str, QuantisedWeight], has_master: bool,
     ) -> None:  # fmt: skip
         self.model, self._core, self.device, self.dropout = model, core, device, dropout
+        self._has_master = has_master and bool(quantised)
         self.handle = core.handle
         self.enabled, self.sharded = True, False
         self._trainable = trainable
@@ -172,10 +177,11 @@ class Adapters:
                 self._modules[layer.name] = layer.module
         conv = {layer.name: _torch_modules.is_conv1d(layer.module) for layer in found}
         for name, module in self._modules.items():
-            library = base == "library" or (
+            library = name in quantised or base == "library" or (
                 base == "auto" and device.type == "cpu" and _library_is_faster(module.weight.dtype)
             )
-            module.__dict__["_plora_layer"] = Layer(self, name, indices[name], module, conv[name], library)
+            layer_of = Layer(self, name, indices[name], module, conv[name], library, quantised.get(name))
+            module.__dict__["_plora_layer"] = layer_of
             module.__class__ = _adapted_class(type(module))
         first = next(iter(self._modules.values()))
         first._parameters["plora"] = self.parameters
@@ -223,6 +229,11 @@ class Adapters:
         with self._lock:
             self._core.set_dropout_position(mask[0], mask[1] * tokens)
             yield
+
+    def _quantised(self) -> Iterator[QuantisedWeight]:
+        for module in self._modules.values():
+            if module._plora_layer.quantised is not None:
+                yield module._plora_layer.quantised
 
     def _changed(self) -> None:
         """Tells autograd that what a graph was built on is no more."""
@@ -285,12 +296,13 @@ class Adapters:
 
     def unload(
         self, optimizer: Any = None, *, momentum: float = 1.0, moments: str = "default", rounding: str = "default",
-        report: bool = True,
+        without_master: bool = False, report: bool = True,
     ) -> Optional[UnloadReport]:  # fmt: skip
         """Ends a stage: W += m s B A in place. m = 1: fresh A, B = 0, optimizer and schedule restart; m < 1: the function stays.
 
         optimizer: ours, or one of torch.optim over adapters.parameters, whose state is reset (m = 1) or scaled (m < 1). moments:
         "default", "reset", "keep". rounding: "default" (16-bit weights keep a residual), "nearest", "stochastic", "residual".
+        Quantised weights without a master are Unsupported, with the share that they would hold; without_master: unloads all the same.
         Returns what each weight could hold of it; report = False is quicker and returns None.
         """
         self._check_attached()
@@ -303,8 +315,10 @@ class Adapters:
         with self._lock:
             result = self._core.unload(
                 own.core if own else None, momentum=momentum, moments=moments if own else "default", rounding=rounding,
-                report=report, stream=self.stream(),
+                without_master=without_master, report=report, stream=self.stream(),
             )  # fmt: skip
+            for weight in self._quantised():
+                weight.written()
             if scale is not None:
                 scale()
             self.parameters.grad = self.gradients
@@ -313,12 +327,15 @@ class Adapters:
         return result
 
     def digest(self, weights: bool = True) -> str:
-        """A hash of the stage, of A and B, and of the weights they are merged into: equal on ranks that agree, to the bit."""
+        """A hash of the stage, of A and B, and of the weights they are merged into, of quantised ones codes and scales: equal on
+        ranks that agree, to the bit."""
         self._check_attached()
         state = hashlib.blake2b(str(self.stage).encode(), digest_size=16)
         tensors = [self.parameters.detach()]
         if weights:
-            tensors += [_torch_modules.local(module.weight).detach() for module in self._modules.values()]
+            for module in self._modules.values():
+                quantised = module._plora_layer.quantised
+                tensors += quantised.tensors() if quantised else [_torch_modules.local(module.weight).detach()]
         for tensor in tensors:
             part = tensor.cpu() if tensor.is_contiguous() else tensor.cpu().contiguous()
             if part.numel():
@@ -341,10 +358,10 @@ class Adapters:
         self._check_attached()
         self._core.save(directory)
 
-    def _checkpoint(self, optimizer: Optional["_Optimizer"]) -> torch.Tensor:
+    def _checkpoint(self, optimizer: Optional["_Optimizer"], masters: bool = False) -> torch.Tensor:
         with tempfile.TemporaryDirectory(prefix="plora-") as folder:
             path = os.path.join(folder, "checkpoint")
-            _handles.save_checkpoint(self._core, optimizer.core if optimizer else None, path)
+            _handles.save_checkpoint(self._core, optimizer.core if optimizer else None, path, masters and self._has_master)
             with open(path, "rb") as file:
                 return torch.frombuffer(bytearray(file.read()), dtype=torch.uint8)
 
@@ -356,14 +373,16 @@ class Adapters:
             with open(path, "wb") as file:
                 file.write(memoryview(blob.detach().cpu().contiguous().numpy()))
             _handles.load_checkpoint(self._core, optimizer.core if optimizer else None, path)
+        for weight in self._quantised():
+            weight.written()
         self.gradients.zero_()
         self.parameters.grad = self.gradients
         self._changed()
 
     def state_dict(self) -> Dict[str, Any]:
-        """A, B, stage and residuals, to the bit, as the library saves them; the weights are in the model's state_dict()."""
+        """A, B, stage, residuals and masters, to the bit, as the library saves them; the weights are in the model's state_dict()."""
         self._check_attached()
-        return {_CHECKPOINT: self._checkpoint(None), "dropout_step": self._mask_step}
+        return {_CHECKPOINT: self._checkpoint(None, masters=True), "dropout_step": self._mask_step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Into adapters attached with the same options. An error has changed nothing."""
@@ -457,7 +476,10 @@ def _keep_out_of_compile() -> None:
 _traced_forward = _Adapted.forward
 
 
-def _attach(model: nn.Module, options: Dict[str, Any], base: str, threads: int, deterministic: Optional[bool]) -> Adapters:
+def _attach(
+    model: nn.Module, options: Dict[str, Any], base: str, threads: int, deterministic: Optional[bool], master: Any,
+    originals: Optional[Mapping[str, Any]],
+) -> Adapters:  # fmt: skip
     if not isinstance(model, nn.Module):
         raise InvalidArgument(f"a {type(model).__name__} is no torch.nn.Module")
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
@@ -477,25 +499,71 @@ def _attach(model: nn.Module, options: Dict[str, Any], base: str, threads: int, 
     usable = [layer for layer in usable if _torch_modules.local(layer.module.weight).device == device]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    core_model = _handles.Model(_context(device, threads, deterministic))
-    indices = {}
-    for layer in usable:
-        weight, bias = layer.module.weight, layer.module.bias
-        rows = weight if weight.stride(1) == 1 else weight.t()
-        matrix = _abi.plora_matrix(
-            rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), _torch_modules.DTYPES[weight.dtype], 0
-        )
-        address, dtype = (None, 0) if bias is None else (bias.data_ptr(), _torch_modules.DTYPES[bias.dtype])
-        indices[layer.name] = core_model.add_matrix(
-            layer.name, matrix, address, dtype, layer.swapped, layer.head, (weight, bias)
-        )
-    core = _handles.Adapters(core_model, **options)
+    _check_originals(originals, usable, master)
+
+    def build(master: Any) -> Tuple[_handles.Adapters, Dict[str, int], Dict[str, QuantisedWeight]]:
+        core_model = _handles.Model(_context(device, threads, deterministic))
+        indices, quantised = {}, {}  # type: Dict[str, int], Dict[str, QuantisedWeight]
+        for layer in usable:
+            if _torch_quantised.is_quantised(layer.module):
+                given = master if not targeted or layer.name in targeted else None
+                values = (originals or {}).get(layer.name)
+                values = None if given is None or values is None else values.detach().contiguous()
+                indices[layer.name] = _add_quantised(core_model, layer, quantised, given, values)
+            else:
+                indices[layer.name] = _add_linear(core_model, layer)
+        return _handles.Adapters(core_model, **options), indices, quantised
+
+    if master is not None:
+        build(None)  # finds all errors: a master makes its weight's codes anew as soon as it is there
+    core, indices, quantised = build(master)
     _keep_out_of_compile()
     parameters = list(model.parameters())
     trainable = {parameter: parameter.requires_grad for parameter in parameters}
     for parameter in parameters:
         parameter.requires_grad_(False)
-    return Adapters(model, found, core, indices, device, float(options.get("dropout", 0.0)), base, trainable)
+    dropout = float(options.get("dropout", 0.0))
+    adapters = Adapters(model, found, core, indices, device, dropout, base, trainable, quantised, master is not None)
+    if master is not None:
+        for weight in quantised.values():
+            weight.written()
+    return adapters
+
+
+def _add_linear(model: _handles.Model, layer: _torch_modules.Found) -> int:
+    weight, bias = layer.module.weight, layer.module.bias
+    rows = weight if weight.stride(1) == 1 else weight.t()
+    dtype = _torch_modules.DTYPES[weight.dtype]
+    matrix = _abi.plora_matrix(rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), dtype, 0)
+    address, bias_dtype = (None, 0) if bias is None else (bias.data_ptr(), _torch_modules.DTYPES[bias.dtype])
+    return model.add_matrix(layer.name, matrix, address, bias_dtype, layer.swapped, layer.head, (weight, bias))
+
+
+def _add_quantised(
+    model: _handles.Model, layer: _torch_modules.Found, made: Dict[str, QuantisedWeight], master: Any, values: Any
+) -> int:
+    module = layer.module
+    bias = None if module.bias is None else module.bias.detach()
+    codes = module.weight.data_ptr()
+    tied = next((weight for weight in made.values() if weight.described.codes.data_ptr() == codes), None)
+    weight = made[layer.name] = tied or QuantisedWeight(module)
+    return model.add_quantised(
+        layer.name, weight.described, bias, head=layer.head, master=None if tied else master, values=None if tied else values
+    )
+
+
+def _check_originals(originals: Optional[Mapping[str, Any]], usable: List[_torch_modules.Found], master: Any) -> None:
+    if originals and master is None:
+        raise InvalidArgument("originals are what masters start from: give master=, too")
+    quantised = {layer.name: layer.module for layer in usable if _torch_quantised.is_quantised(layer.module)}
+    for name, values in (originals or {}).items():
+        if name not in quantised:
+            raise NotFound(f"originals of '{name}', which is no quantised layer")
+        shape = _torch_quantised.QuantisedWeight(quantised[name]).described.shape
+        if tuple(values.shape) != shape or values.dtype not in _torch_modules.DTYPES or not bool(torch.isfinite(values).all()):
+            raise InvalidArgument(
+                f"originals of '{name}' are {values.dtype} {list(values.shape)}: must be {list(shape)}, of 32 or 16 bits, and finite"
+            )
 
 
 def _targeted(found: List[_torch_modules.Found], options: Dict[str, Any]) -> Set[str]:
@@ -530,6 +598,8 @@ def attach(
     rslora: bool = False,
     residual: str = "default",
     overrides: Optional[Mapping[str, Any]] = None,
+    master: Any = None,
+    originals: Optional[Mapping[str, Any]] = None,
     base: str = "auto",
     workspace_tokens: int = 0,
     threads: int = 0,
@@ -543,7 +613,11 @@ def attach(
     init              of A: "kaiming" uniform or "gaussian"; the same again at each unload
     residual          16 bits beside each 16-bit weight that keep what rounding would lose: "default", "none", "device", "host"
     overrides         {pattern: rank} or {pattern: (rank, alpha)}
-    base              who computes x W^T: "torch", "library", or "auto", whichever is faster for the weights' dtype on this machine
+    master            what unloads of weights that bitsandbytes has quantised add to, fp32, in the host's memory: None: nothing, they can be
+                      trained on, not unloaded into; "memory"; or a directory: in a file without a name there, mapped
+    originals         {layer: weight of full precision} that masters start from; what is missing starts from what the codes hold
+    base              who computes x W^T: "torch", "library", or "auto", whichever is faster for the weights' dtype on this machine;
+                      of quantised weights always the library
     workspace_tokens  tokens of one pass over the library's workspace; 0 = 1024
     threads           0: as torch has; deterministic: None: as torch is set
     """
@@ -552,7 +626,7 @@ def attach(
         "dropout": dropout, "seed": seed, "init": init, "rslora": rslora, "residual": residual, "overrides": overrides,
         "workspace_tokens": workspace_tokens,
     }  # fmt: skip
-    return _attach(model, options, base, threads, deterministic)
+    return _attach(model, options, base, threads, deterministic, master, originals)
 
 
 def from_pretrained(
@@ -563,6 +637,8 @@ def from_pretrained(
     seed: int = 0,
     init: str = "kaiming",
     residual: str = "device",
+    master: Any = None,
+    originals: Optional[Mapping[str, Any]] = None,
     base: str = "auto",
     workspace_tokens: int = 0,
     threads: int = 0,
@@ -573,7 +649,7 @@ def from_pretrained(
         "directory": directory, "dropout": dropout, "seed": seed, "init": init, "residual": residual,
         "workspace_tokens": workspace_tokens,
     }  # fmt: skip
-    return _attach(model, options, base, threads, deterministic)
+    return _attach(model, options, base, threads, deterministic, master, originals)
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers
