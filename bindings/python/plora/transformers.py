@@ -1,21 +1,29 @@
-"""PeriodicLoRA in Hugging Face's Trainer.
+"""PeriodicLoRA in Hugging Face's Trainer, and a loss that takes little memory.
 
     adapters = plora.torch.attach(model, rank=16)
     trainer = Trainer(model, args, train_dataset=data, callbacks=[PeriodicUnload(adapters, every=200)],
                       optimizers=(plora.torch.AdamW(adapters, lr=2e-4), None))
 
 Without `optimizers` Trainer makes one of torch.optim over adapters.parameters, whose state unloads reset just the same.
+
+    model.loss_function = plora.transformers.causal_lm_loss
+
+transformers' own loss makes up to four arrays of the logits' size, in fp32; this one a gradient in their dtype and nothing else.
 """
 
 from typing import Any, Callable, Iterable, List, Optional, Union
 
+import torch
+from torch.nn import functional
 from transformers import TrainerCallback
 
 from ._handles import UnloadReport
 from ._native import Error, InvalidArgument
 from .torch import Adapters
 
-__all__ = ["PeriodicUnload"]
+__all__ = ["PeriodicUnload", "causal_lm_loss"]
+
+CHUNK_BYTES = 4 << 20  # of logits in fp32 at a time: what a cache holds
 
 
 class PeriodicUnload(TrainerCallback):
@@ -65,3 +73,60 @@ class PeriodicUnload(TrainerCallback):
         report = self.adapters.unload(optimizer, **self.options)
         self.reports.append((step, report))
         return report
+
+
+# ---------------------------------------------------------------------------------------------------------------- loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """sum over t of logsumexp(z[t]) - z[t, label[t]], for logits z [T,V] of any dtype in fp32, a few rows at a time.
+
+    Saved are z, which is there, and the logsumexp [T]. backward: softmax(z[t]) - onehot(label[t]), in z's dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
+        counted = labels != ignore_index
+        labels = torch.where(counted, labels, 0)
+        sums = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+        for rows in _chunks(logits):
+            torch.logsumexp(logits[rows].float(), -1, out=sums[rows])
+        ctx.save_for_backward(logits, labels, counted, sums)
+        losses = sums - logits.gather(1, labels[:, None]).squeeze(1).float()
+        return torch.where(counted, losses, 0.0).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        logits, labels, counted, sums = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        factors = torch.where(counted, gradient, 0.0)
+        for rows in _chunks(logits):
+            part = (logits[rows].float() - sums[rows, None]).exp_()
+            part[torch.arange(part.shape[0], device=part.device), labels[rows]] -= 1.0
+            torch.mul(part, factors[rows, None], out=result[rows]) if result.dtype == part.dtype else result[rows].copy_(
+                part.mul_(factors[rows, None])
+            )
+        return result, None, None
+
+
+def _chunks(logits: torch.Tensor) -> Iterable[slice]:
+    step = max(1, CHUNK_BYTES // (4 * max(1, logits.shape[1])))
+    return (slice(begin, begin + step) for begin in range(0, logits.shape[0], step))
+
+
+def causal_lm_loss(
+    logits: torch.Tensor, labels: Optional[torch.Tensor], vocab_size: int, num_items_in_batch: Any = None, ignore_index: int = -100,
+    shift_labels: Optional[torch.Tensor] = None, **_: Any,
+) -> torch.Tensor:  # fmt: skip
+    """What transformers' ForCausalLMLoss computes, in fp32, a few rows of logits at a time: for `model.loss_function`.
+
+    logits [..., tokens, vocab_size]; labels [..., tokens], which it shifts by one, or shift_labels, shifted already.
+    """
+    if shift_labels is None:
+        shift_labels = functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    flat = shift_labels.reshape(-1).to(logits.device)
+    total = _CrossEntropy.apply(logits.reshape(-1, vocab_size), flat, ignore_index)
+    if num_items_in_batch is None:
+        return total / (flat != ignore_index).sum()
+    return total / (num_items_in_batch.to(total.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch)
