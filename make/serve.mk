@@ -2,7 +2,7 @@
 
 # The server takes of the trainer what computes the model.
 SERVE       := $(patsubst %.c,$(BUILD)/%.o,$(wildcard examples/serve/*.c))
-SERVE_MODEL := $(patsubst %,$(BUILD)/examples/finetune/%.o,attention config head llama products rows util weights)
+SERVE_MODEL := $(patsubst %,$(BUILD)/examples/finetune/%.o,arguments attention config head llama products rows util weights)
 $(BUILD)/serve: $(SERVE) $(SERVE_MODEL) $(BUILD)/libplora.a
 	$(PROGRAM) -lmicrohttpd -lutf8proc -lcjson $(LIBS)
 $(SERVE): EXTRA = -O3 -Iexamples/finetune

@@ -114,17 +114,8 @@ static int read_all(const cJSON *root, struct llama_config *config)
 int llama_config_read(const char *directory, struct llama_config *config)
 {
     *config = (struct llama_config){0};
-    char *path = path_join(directory, "config.json"), *text;
-    if (!path) return fault("out of memory: path in %s", directory);
-    const int read = file_read(path, &text, NULL);
-    free(path);
-    TRY(read);
-    cJSON *root = cJSON_Parse(text);
-    free(text);
-    if (!cJSON_IsObject(root)) {
-        cJSON_Delete(root);
-        return fault("%s/config.json is not a JSON object", directory);
-    }
+    cJSON *root;
+    TRY(json_read(directory, "config.json", &root));
     const int result = read_all(root, config);
     cJSON_Delete(root);
     return result;

@@ -18,7 +18,7 @@ struct options {
 };
 
 /* 0, or -1 with the reason in failure(). */
-int options_parse(int count, char **arguments, struct options *options);
+int options_parse(int count, char **words, struct options *options);
 void options_usage(FILE *stream);
 const char *options_method(const struct options *options);
 const char *options_schedule(const struct options *options);

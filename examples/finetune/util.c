@@ -1,6 +1,7 @@
 /* util.c: see util.h. */
 #include "util.h"
 
+#include <cjson/cJSON.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <stdarg.h>
@@ -97,6 +98,24 @@ int file_read(const char *path, char **text, size_t *size)
     buffer[used] = '\0';
     *text = buffer;
     if (size) *size = used;
+    return 0;
+}
+
+int json_read(const char *directory, const char *name, cJSON **object)
+{
+    *object = NULL;
+    char *path = path_join(directory, name), *text;
+    if (!path) return fault("out of memory: path in %s", directory);
+    const int read = file_read(path, &text, NULL);
+    free(path);
+    TRY(read);
+    cJSON *root = cJSON_Parse(text);
+    free(text);
+    if (!cJSON_IsObject(root)) {
+        cJSON_Delete(root);
+        return fault("%s/%s is not a JSON object", directory, name);
+    }
+    *object = root;
     return 0;
 }
 

@@ -28,6 +28,9 @@ int memory_allocate(size_t count, size_t size, const char *what, void *pointer_t
 
 char *path_join(const char *directory, const char *name);   /* NULL when out of memory */
 int file_read(const char *path, char **text, size_t *size); /* text ends in an extra '\0' */
+struct cJSON;
+/* The JSON object in directory/name, or NULL; end it with cJSON_Delete(). */
+int json_read(const char *directory, const char *name, struct cJSON **object);
 /* Temporary file, fsync, rename: on an error `path` is as it was. */
 int file_write(const char *path, const void *data, size_t size);
 int file_copy(const char *from, const char *to);

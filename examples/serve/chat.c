@@ -23,16 +23,13 @@ int chat_open(const char *directory, struct server *server)
 {
     server->turn_begin = tokenizer_find(server->tokenizer, BEGIN);
     server->turn_end = tokenizer_find(server->tokenizer, END);
-    char *path = path_join(directory, "tokenizer_config.json"), *text = NULL;
-    if (!path) return fault("out of memory: path in %s", directory);
-    cJSON *root = file_read(path, &text, NULL) == 0 ? cJSON_Parse(text) : NULL;
+    cJSON *root;
+    json_read(directory, "tokenizer_config.json", &root); /* it may be missing */
     const cJSON *template = cJSON_GetObjectItemCaseSensitive(root, "chat_template");
     const char *written = cJSON_IsString(template) ? template->valuestring : NULL;
     if (!written || !strstr(written, BEGIN) || server->turn_end < 0) server->turn_begin = -1;
     server->system = system_of(written);
     cJSON_Delete(root);
-    free(text);
-    free(path);
     return 0;
 }
 

@@ -37,7 +37,7 @@ static int open_model(struct server *s)
     options.threads = threads;
     LIBRARY(plora_context_create(&options, &s->context));
     const struct model_options wanted = {.directory = s->options.model,
-                                         .dtype = s->options.dtype == 0 ? PLORA_F32 : PLORA_BF16,
+                                         .dtype = strcmp(s->options.dtype, "bf16") == 0 ? PLORA_BF16 : PLORA_F32,
                                          .threads = threads,
                                          .slots = s->options.slots,
                                          .context = s->options.context,

@@ -295,17 +295,10 @@ int tokenizer_open(const char *directory, int64_t vocabulary, struct tokenizer *
 {
     *tokenizer = NULL;
     struct tokenizer *t;
-    char *path = path_join(directory, "tokenizer.json"), *text;
-    if (!path) return fault("out of memory: path in %s", directory);
-    const int read = file_read(path, &text, NULL);
-    free(path);
-    TRY(read);
-    cJSON *root = cJSON_Parse(text);
-    free(text);
+    cJSON *root;
+    TRY(json_read(directory, "tokenizer.json", &root));
     int result = memory_allocate(1, sizeof *t, "tokenizer", &t);
-    if (result == 0)
-        result = cJSON_IsObject(root) ? read_all(root, vocabulary, t)
-                                      : fault("%s/tokenizer.json is not a JSON object", directory);
+    if (result == 0) result = read_all(root, vocabulary, t);
     cJSON_Delete(root);
     if (result == 0)
         *tokenizer = t;
