@@ -1,7 +1,7 @@
 /* test_gguf.c: adapters from GGUF files: what plora_ledger_export() wrote comes back to the bit, files by a writer of the test's own
  * (dtypes, values, alignments as llama.cpp's converter has them) mean what they should, and what is hostile or not supported is
  * refused by name. */
-#include "file_fixture.h"
+#include "adapter_files_fixture.h"
 
 enum { PER_BLOCK = 7, BLOCKS = 2, LAYERS = BLOCKS * PER_BLOCK + 1, HEADS = 4, KV_HEADS = 2, MAX_BYTES = 1 << 16 };
 
@@ -34,35 +34,15 @@ static int64_t columns_of(int layer)
     return layer == LAYERS - 1 ? 10 : kinds[layer % PER_BLOCK].k;
 }
 
-struct fixture {
-    struct check_allocator allocator;
-    plora_context *context;
-    plora_model *model;
-    struct check_matrix weights[LAYERS];
-};
-
 static void fixture_open(struct fixture *f)
 {
-    *f = (struct fixture){.allocator = CHECK_ALLOCATOR_INIT};
-    f->context = check_context(&f->allocator, 1, 0);
-    CHECK_OK(plora_model_create(f->context, &f->model));
+    struct fixture_layer layers[LAYERS];
     for (int i = 0; i < LAYERS; ++i) {
-        char name[64];
-        layer_name(i, name);
-        f->weights[i] = check_matrix_new(rows_of(i), columns_of(i), columns_of(i), PLORA_F32);
-        check_matrix_random(&f->weights[i], 1.0);
-        CHECK_OK(
-            check_add_linear(f->model, name, &f->weights[i].m, NULL, 0, i == LAYERS - 1 ? PLORA_LAYER_HEAD : 0, NULL));
+        layers[i] = (struct fixture_layer){"", rows_of(i), columns_of(i), columns_of(i), 0};
+        layer_name(i, layers[i].name);
     }
-}
-
-static void fixture_close(struct fixture *f)
-{
-    plora_model_destroy(f->model);
-    plora_context_destroy(f->context);
-    for (int i = 0; i < LAYERS; ++i)
-        check_matrix_free(&f->weights[i]);
-    check_allocator_empty(&f->allocator, "the test");
+    layers[LAYERS - 1].flags = PLORA_LAYER_HEAD;
+    fixture_open_layers(f, layers, LAYERS);
 }
 
 static plora_adapters_options with_heads(int32_t heads, int32_t kv_heads)
@@ -71,32 +51,6 @@ static plora_adapters_options with_heads(int32_t heads, int32_t kv_heads)
     options.heads = heads;
     options.kv_heads = kv_heads;
     return options;
-}
-
-/* A copy of a factor on the host; to be freed. */
-static float *values_of(const plora_matrix *matrix)
-{
-    const size_t bytes = (size_t)(matrix->rows * matrix->columns) * sizeof(float);
-    float *copy = malloc(bytes);
-    CHECK(copy != NULL, "the test itself is out of memory");
-    device_transfer(copy, matrix->data, bytes);
-    return copy;
-}
-
-static void randomise(plora_adapters *adapters)
-{
-    for (int32_t layer = 0; layer < LAYERS; ++layer) {
-        plora_adapter adapter = PLORA_ADAPTER_INIT;
-        if (plora_adapters_layer(adapters, layer, &adapter) != PLORA_OK) continue;
-        for (int is_b = 0; is_b < 2; ++is_b) {
-            const plora_matrix *matrix = is_b ? &adapter.b : &adapter.a;
-            float *values = values_of(matrix);
-            for (int64_t i = 0; i < matrix->rows * matrix->columns; ++i)
-                values[i] = (float)check_uniform();
-            device_transfer(matrix->data, values, (size_t)(matrix->rows * matrix->columns) * sizeof(float));
-            free(values);
-        }
-    }
 }
 
 /* -------------------------------------------------------------------------------------------------------- round trips */
@@ -145,7 +99,7 @@ static void round_trips(void **state)
         options.overrides = overrides;
         options.override_count = round == 1 ? 2 : 0;
         CHECK_OK(plora_adapters_create(f.model, &options, &saved));
-        randomise(saved);
+        randomise(&f, saved);
         CHECK_OK(plora_ledger_open(saved, NULL, &ledger));
         plora_export_options request = PLORA_EXPORT_OPTIONS_INIT;
         request.format = PLORA_EXPORT_GGUF;

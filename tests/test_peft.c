@@ -1,59 +1,17 @@
 /* test_peft.c: adapters to and from PEFT directories: the exact text of the config, scales of PEFT's own rules, other element
  * types, and everything that is refused. */
-#include "file_fixture.h"
+#include "adapter_files_fixture.h"
 
 enum { LAYERS = 5 };
-static const char *const layer_names[LAYERS] = {"model.l.0.q", "model.l.0.v", "model.l.1.q", "model.l.1.v", "lm_head"};
-
-struct fixture {
-    struct check_allocator allocator;
-    plora_context *context;
-    plora_model *model;
-    struct check_matrix weights[LAYERS];
-};
+static const struct fixture_layer layers[LAYERS] = {{"model.l.0.q", 6, 4, 20, 0},
+                                                    {"model.l.0.v", 7, 6, 20, 0},
+                                                    {"model.l.1.q", 8, 8, 20, 0},
+                                                    {"model.l.1.v", 9, 10, 20, PLORA_LAYER_FAN_IN_FAN_OUT},
+                                                    {"lm_head", 10, 12, 20, PLORA_LAYER_HEAD}};
 
 static void fixture_open(struct fixture *f)
 {
-    *f = (struct fixture){.allocator = CHECK_ALLOCATOR_INIT};
-    f->context = check_context(&f->allocator, 1, 0);
-    CHECK_OK(plora_model_create(f->context, &f->model));
-    for (int i = 0; i < LAYERS; ++i) {
-        f->weights[i] = check_matrix_new(6 + i, 4 + 2 * i, 20, PLORA_F32);
-        check_matrix_random(&f->weights[i], 1.0);
-        CHECK_OK(check_add_linear(f->model, layer_names[i], &f->weights[i].m, NULL, 0,
-                                  i == 3   ? PLORA_LAYER_FAN_IN_FAN_OUT
-                                  : i == 4 ? PLORA_LAYER_HEAD
-                                           : 0,
-                                  NULL));
-    }
-}
-
-static void fixture_close(struct fixture *f)
-{
-    plora_model_destroy(f->model);
-    plora_context_destroy(f->context);
-    for (int i = 0; i < LAYERS; ++i)
-        check_matrix_free(&f->weights[i]);
-    check_allocator_empty(&f->allocator, "the test");
-}
-
-static void randomise(plora_adapters *adapters)
-{
-    float *parameters;
-    int64_t count;
-    CHECK_OK(plora_adapters_parameters(adapters, &parameters, &count));
-    float *host = device_mirror(parameters, (size_t)count * sizeof *parameters);
-    for (int32_t layer = 0; layer < LAYERS; ++layer) {
-        plora_adapter adapter = PLORA_ADAPTER_INIT;
-        if (plora_adapters_layer(adapters, layer, &adapter) != PLORA_OK) continue;
-        float *a = device_host_of(adapter.a.data), *b = device_host_of(adapter.b.data);
-        for (int64_t i = 0; i < adapter.a.rows * adapter.a.columns; ++i)
-            a[i] = (float)check_uniform();
-        for (int64_t i = 0; i < adapter.b.rows * adapter.b.columns; ++i)
-            b[i] = (float)check_uniform();
-    }
-    device_upload();
-    device_forget(host);
+    fixture_open_layers(f, layers, LAYERS);
 }
 
 static void check_same(plora_adapters *a, plora_adapters *b)
@@ -103,7 +61,7 @@ static void round_trips(void **state)
         options.override_count = round < 2 ? 2 : 1;
         plora_adapters *saved, *loaded;
         CHECK_OK(plora_adapters_create(f.model, &options, &saved));
-        randomise(saved);
+        randomise(&f, saved);
         CHECK_OK(plora_adapters_save(saved, file_path("peft")));
         CHECK_OK(plora_adapters_load(f.model, file_path("peft"), NULL, &loaded));
         check_same(saved, loaded);
@@ -326,7 +284,7 @@ static void out_of_memory(void **state)
     options.rank = 2;
     plora_adapters *adapters;
     CHECK_OK(plora_adapters_create(f.model, &options, &adapters));
-    randomise(adapters);
+    randomise(&f, adapters);
     const int64_t base = f.allocator.live;
     int done = 0;
     for (int64_t k = 1; !done; ++k) {
