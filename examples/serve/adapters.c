@@ -190,10 +190,11 @@ int adapters_load_all(struct adapters *a)
     return 0;
 }
 
-int64_t adapters_count(struct adapters *a)
+plora_registry_statistics adapters_statistics(struct adapters *a)
 {
     plora_registry_statistics statistics = PLORA_REGISTRY_STATISTICS_INIT;
-    return plora_registry_stats(a->registry, &statistics) == PLORA_OK ? statistics.names : 0;
+    plora_registry_stats(a->registry, &statistics);
+    return statistics;
 }
 
 void adapters_list(struct adapters *a, const char *base, struct buffer *out)

@@ -38,7 +38,7 @@ unsigned adapters_acquire(struct adapters *adapters, const char *name, plora_sna
 /* Loads every PEFT directory in the root under its own name; tells of those that cannot be. */
 int adapters_load_all(struct adapters *adapters);
 
-int64_t adapters_count(struct adapters *adapters);
+plora_registry_statistics adapters_statistics(struct adapters *adapters);
 /* {"id": ...} of each, with a comma before each, for a list of models. */
 void adapters_list(struct adapters *adapters, const char *base, struct buffer *out);
 

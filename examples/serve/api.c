@@ -33,7 +33,11 @@ static enum MHD_Result health(struct exchange *e)
 static enum MHD_Result metrics(struct exchange *e)
 {
     struct buffer body = {0};
-    metrics_set(e->server->metrics, GAUGE_ADAPTERS, adapters_count(e->server->adapters));
+    const plora_registry_statistics adapters = adapters_statistics(e->server->adapters);
+    metrics_set(e->server->metrics, GAUGE_ADAPTERS, adapters.names);
+    metrics_set(e->server->metrics, GAUGE_ADAPTER_BYTES, adapters.resident_bytes);
+    metrics_set(e->server->metrics, GAUGE_EVICTED, adapters.evicted);
+    metrics_set(e->server->metrics, GAUGE_RESTORED, adapters.restored);
     metrics_report(e->server->metrics, &body);
     return exchange_reply(e, 200, "text/plain; version=0.0.4; charset=utf-8", &body);
 }

@@ -96,8 +96,8 @@ static int serve(struct server *s, const sigset_t *signals)
     struct http *http;
     int number;
     TRY(http_start(s, API, &http));
-    printf("serve: '%s' and %lld adapters at http://%s:%d\n", s->name, (long long)adapters_count(s->adapters),
-           s->options.host, http_port(http));
+    printf("serve: '%s' and %lld adapters at http://%s:%d\n", s->name,
+           (long long)adapters_statistics(s->adapters).names, s->options.host, http_port(http));
     fflush(stdout);
     sigwait(signals, &number);
     fprintf(stderr, "serve: finishing %d requests\n", atomic_load(&s->active));

@@ -128,6 +128,10 @@ void metrics_report(const struct metrics *m, struct buffer *out)
     number(out, "adapter_loads_total", "counter", get(&m->counters[COUNT_LOADS]), "Adapters loaded or replaced.");
     number(out, "adapter_unloads_total", "counter", get(&m->counters[COUNT_UNLOADS]), "Adapters unloaded.");
     number(out, "adapters", "gauge", get(&m->gauges[GAUGE_ADAPTERS]), "Adapters that can be asked for.");
+    number(out, "adapter_bytes", "gauge", get(&m->gauges[GAUGE_ADAPTER_BYTES]),
+           "Memory of those that are not evicted.");
+    number(out, "adapter_evictions_total", "counter", get(&m->gauges[GAUGE_EVICTED]), "Adapters put out of memory.");
+    number(out, "adapter_restores_total", "counter", get(&m->gauges[GAUGE_RESTORED]), "Adapters brought back.");
     number(out, "sequences_waiting", "gauge", get(&m->gauges[GAUGE_WAITING]), "Sequences in the queue.");
     number(out, "sequences_running", "gauge", get(&m->gauges[GAUGE_RUNNING]), "Sequences in a slot.");
     number(out, "sequence_slots", "gauge", get(&m->gauges[GAUGE_SLOTS]), "Slots of the cache.");

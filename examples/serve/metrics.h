@@ -9,7 +9,16 @@
 struct metrics;
 
 enum counter { COUNT_PROMPT_TOKENS, COUNT_GENERATED_TOKENS, COUNT_LOADS, COUNT_UNLOADS, COUNT_CANCELLED, COUNTERS };
-enum gauge { GAUGE_WAITING, GAUGE_RUNNING, GAUGE_SLOTS, GAUGE_ADAPTERS, GAUGES };
+enum gauge {
+    GAUGE_WAITING,
+    GAUGE_RUNNING,
+    GAUGE_SLOTS,
+    GAUGE_ADAPTERS,
+    GAUGE_ADAPTER_BYTES,
+    GAUGE_EVICTED,
+    GAUGE_RESTORED,
+    GAUGES
+};
 
 int metrics_create(struct metrics **metrics);
 void metrics_destroy(struct metrics *metrics);

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import openai
 import pytest
-from conftest import ADAPTERS, EOS, TINY
+from conftest import ADAPTERS, EOS, TINY, Server
 from reference import read_safetensors, softmax
 
+TIE_BF16 = 0.3
 TIE = 1e-4  # logits nearer than this are a tie: fp32 rounding, with logits of a few units, is below 1e-5
 
 
@@ -24,9 +25,9 @@ def prompts(count, seed, longest=60):
     return [[rng.randrange(3, 61) for _ in range(rng.randint(1, longest))] for _ in range(count)]
 
 
-def same(tokenizer, text, tokens, leads, finish, most):
+def same(tokenizer, text, tokens, leads, finish, most, tie=TIE):
     """Whether the text is that of the tokens, as far as no tie lets it be another. Returns the number of tokens compared."""
-    sure = next((i for i, lead in enumerate(leads) if lead < TIE), len(leads))
+    sure = next((i for i, lead in enumerate(leads) if lead < tie), len(leads))
     if sure == len(leads):
         assert text == tokenizer.decode(tokens, skip_special_tokens=True)
         assert finish == ("length" if len(tokens) == most else "stop")
@@ -75,6 +76,23 @@ def test_greedy_mixed(server, llama, loras, tokenizer):
         compared += same(tokenizer, choice["text"], tokens, leads, choice["finish_reason"], most)
     assert compared > 700
     assert len({reply["choices"][0]["text"] for reply in replies}) > 50  # adapters and prompts do make a difference
+
+
+def test_bf16(server, model_directory, adapter_root, llama, loras, tokenizer):
+    """Weights, activations and cache in bf16: the reference's answers, but where its first two logits are near."""
+    names = [None, *ADAPTERS]
+    cases = [(prompt, names[i % 5]) for i, prompt in enumerate(prompts(60, seed=3))]
+    with Server("--model", model_directory, "--adapters", adapter_root, "--context", 128, "--slots", 8, "--dtype", "bf16") as own:
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(lambda case: own.complete(case[0], case[1] or "tiny", max_tokens=20), cases))
+    compared = others = 0
+    for (prompt, name), reply in zip(cases, replies, strict=True):
+        tokens, leads = llama.greedy(prompt, 20, loras.get(name), EOS)
+        choice = reply["choices"][0]
+        compared += same(tokenizer, choice["text"], tokens, leads, choice["finish_reason"], 20, TIE_BF16)
+        others += choice["text"] != server.text(prompt, name or "tiny", max_tokens=20)
+    assert compared > 100
+    assert others > 0  # it is not fp32
 
 
 def test_many_prompts_in_one_request(server, client):
