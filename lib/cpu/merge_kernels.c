@@ -17,14 +17,16 @@
 #include "dtype.h"
 #include "vector.h"
 
+/* A block is few rows where the nearest cache has 8 ways: rows of 4096 numbers begin in the same set of it, and the lines of a block, with
+ * those that are fetched ahead, must not push each other out. */
 #if CPU_ISA == CPU_ISA_AMX
 enum { TILE_ROWS = 16, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 0, FETCH_LEVEL = 2 };
 #elif CPU_ISA == CPU_ISA_AVX512
 enum { TILE_ROWS = 6, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #elif CPU_ISA == CPU_ISA_AVX2
-enum { TILE_ROWS = 6, TILE_VECTORS = 2, BLOCK_TILES = 4, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
+enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 1, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #else
-enum { TILE_ROWS = 4, TILE_VECTORS = 2, BLOCK_TILES = 4, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
+enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 1, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #endif
 enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
 
