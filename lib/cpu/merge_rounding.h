@@ -53,6 +53,11 @@ CPU_INLINE void draw_lanes(const struct drawing *drawing, cpu_vul block, uint16_
     const __m512i last = _mm512_mask_shuffle_epi32((__m512i)c[2], 0xaaaa, (__m512i)c[3], _MM_PERM_CCAA);
     _mm512_storeu_si512(to, _mm512_unpacklo_epi64(first, last));
     _mm512_storeu_si512(to + 2 * CPU_LANES, _mm512_unpackhi_epi64(first, last));
+#elif CPU_ISA == CPU_ISA_AVX2
+    const __m256i first = _mm256_blend_epi32((__m256i)c[0], (__m256i)(c[1] << 32), 0xaa);
+    const __m256i last = _mm256_blend_epi32((__m256i)c[2], (__m256i)(c[3] << 32), 0xaa);
+    _mm256_storeu_si256((__m256i *)to, _mm256_unpacklo_epi64(first, last));
+    _mm256_storeu_si256((__m256i *)(to + 2 * CPU_LANES), _mm256_unpackhi_epi64(first, last));
 #else
     const cpu_vul first = (c[0] & UINT32_MAX) | c[1] << 32, last = (c[2] & UINT32_MAX) | c[3] << 32;
     for (int lane = 0; lane < CPU_PHILOX_LANES; ++lane) {
@@ -102,6 +107,19 @@ CPU_INLINE const uint16_t *random_row(const struct random *random, int64_t row, 
 
 /* ----------------------------------------------------------------------------------------------------------- bits of registers */
 
+/* Whether any bit is set. */
+CPU_INLINE int any_bit(cpu_vl bits)
+{
+#if CPU_ISA == CPU_ISA_AVX2
+    return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
+#else
+    int64_t any = 0;
+    for (int i = 0; i < CPU_LANES / 2; ++i)
+        any |= bits[i];
+    return any != 0;
+#endif
+}
+
 /* Whether any 16 (32) bits of a register are at least `limit`, without their sign. */
 CPU_INLINE int any_half_from(cpu_vu halves, uint16_t limit)
 {
@@ -109,11 +127,7 @@ CPU_INLINE int any_half_from(cpu_vu halves, uint16_t limit)
 #if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_cmpge_epu16_mask((__m512i)magnitude, _mm512_set1_epi16((int16_t)limit)) != 0;
 #else
-    cpu_vl found = (cpu_vl)((cpu_vu16)magnitude >= limit);
-    int64_t any = 0;
-    for (int i = 0; i < CPU_LANES / 2; ++i)
-        any |= found[i];
-    return any != 0;
+    return any_bit((cpu_vl)((cpu_vu16)magnitude >= limit));
 #endif
 }
 
@@ -123,11 +137,7 @@ CPU_INLINE int any_word_from(cpu_vu words, uint32_t limit)
 #if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_cmpge_epu32_mask((__m512i)magnitude, _mm512_set1_epi32((int32_t)limit)) != 0;
 #else
-    cpu_vl found = (cpu_vl)(magnitude >= limit);
-    int64_t any = 0;
-    for (int i = 0; i < CPU_LANES / 2; ++i)
-        any |= found[i];
-    return any != 0;
+    return any_bit((cpu_vl)(magnitude >= limit));
 #endif
 }
 
