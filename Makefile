@@ -26,6 +26,7 @@ LEVEL_0  =
 LEVEL_1  = -mavx2 -mfma -mf16c
 LEVEL_2  = $(LEVEL_1) -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512
 LEVEL_3  = $(LEVEL_2) -mamx-tile -mamx-bf16
+LEVEL_FLAGS = -O3 -ffp-contract=fast $(LEVEL_$(1)) $(LEVEL_MORE) -DCPU_ISA=$(1)
 
 KERNELS  := $(wildcard lib/cpu/*_kernels.c)
 SOURCES  := $(filter-out $(KERNELS),$(wildcard lib/*.c lib/cpu/*.c $(if $(filter 1,$(CUDA)),cuda/*.c)))
@@ -45,7 +46,7 @@ $(BUILD)/%.o: %.c $(BUILD)/flags | deps-build
 define level_rule
 $(BUILD)/%.isa$(1).o: %.c $(BUILD)/flags | deps-build
 	@mkdir -p $$(@D); echo '  CC    $$< level $(1)'
-	$(Q)$$(CC) $$(ALL_FLAGS) $$(EXTRA) -O3 -ffp-contract=fast $$(LEVEL_$(1)) $$(LEVEL_MORE) -DCPU_ISA=$(1) -MMD -MP -c -o $$@ $$<
+	$(Q)$$(CC) $$(ALL_FLAGS) $$(EXTRA) $$(call LEVEL_FLAGS,$(1)) -MMD -MP -c -o $$@ $$<
 endef
 $(foreach i,$(LEVELS),$(eval $(call level_rule,$(i))))
 

@@ -60,10 +60,12 @@ test-emulator: $(EMULATOR_TESTS) $(EMULATOR_LIBS) $(EMULATOR_KERNELS)
 	    'exports=$(MAKE) --no-print-directory BUILD=$(BUILD) emulator-exports'
 
 # ---------------------------------------------------------------------------------------------------------------- mutants
-# Bugs planted in copies of cuda/ (tests/mutants), each of which a test of `test-emulated` must find. MUTANTS=PATTERN... picks some.
+# Bugs planted in copies of lib/ and cuda/ (tests/mutants), each of which a test must find. MUTANTS=PATTERN... picks some.
 MUTANT_PROGRAMS := $(patsubst %,$(BUILD)/tests/%.o,emulated/test_cuda_device emulated/test_cuda_far emulated/test_cuda_stage emulated/test_cuda_sizes \
-                     test_batch test_dequantise test_linear test_merge test_optimizer test_philox)
+                     test_batch test_batch_forward test_dequantise test_linear test_merge test_optimizer test_philox test_quantise test_quantised \
+                     test_registry)
 $(BUILD)/tests/mutants/only.o: | deps-tests
+$(foreach i,$(LEVELS),$(eval test-mutants: export MUTANT_LEVEL_$(i) = $$(call LEVEL_FLAGS,$(i))))
 
 .PHONY: test-mutants
 test-mutants: export MUTANT_CC = $(CC) $(ALL_FLAGS) $(CUDA_INCLUDES)

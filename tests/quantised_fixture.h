@@ -189,7 +189,7 @@ static CHECK_UNUSED void check_codes(const struct arrays *a, const float *values
     free(nested);
 }
 
-static const char *describe(const struct kind *kind, int64_t rows, int64_t columns)
+static CHECK_UNUSED const char *describe(const struct kind *kind, int64_t rows, int64_t columns)
 {
     static char text[120];
     snprintf(text, sizeof text, "%s group %lld nested %d [%lld,%lld]",

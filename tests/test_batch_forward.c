@@ -1,9 +1,11 @@
-/* test_batch_forward.c: plora_batch_forward() against the naive reference and, token by token, against the loop that applies one adapter
- * after the other: on the CPU, or on a GPU (device.h). The kernels themselves are tested in test_batch.c. */
+/* test_batch_forward.c: plora_batch_forward(), token by token, against the naive reference, against plora_linear_forward() of the token's
+ * adapter alone, and against the loop that applies one adapter after the other, over layers of every dtype: on the CPU, or on a GPU
+ * (device.h). The kernels themselves are tested in test_batch.c. */
 #include <inttypes.h>
 
 #include "check.h"
 #include "linear_fixture.h"
+#include "quantised_fixture.h"
 #include "reference.h"
 
 enum { LAYERS_MAX = 3, ADAPTERS_MAX = 6 };
@@ -11,13 +13,18 @@ enum { LAYERS_MAX = 3, ADAPTERS_MAX = 6 };
 /* Layers that see the same x, and snapshots, some of which have no factors for some of the layers. */
 struct setup {
     plora_context *context;
+    void *stream;
     plora_model *model;
     plora_registry *registry;
     plora_batch *batch;
     int64_t in_features, out_features[LAYERS_MAX];
     int32_t layers[LAYERS_MAX], layer_count, adapter_count, w_dtype;
-    int fan[LAYERS_MAX]; /* fan-in-fan-out */
-    struct check_matrix weights[LAYERS_MAX], a[ADAPTERS_MAX][LAYERS_MAX], b[ADAPTERS_MAX][LAYERS_MAX];
+    const struct kind *quantised; /* NULL = w_dtype says what the weights are */
+    struct arrays *codes[LAYERS_MAX];
+    int fan[LAYERS_MAX];                     /* fan-in-fan-out */
+    struct check_matrix weights[LAYERS_MAX]; /* quantised ones as what their codes hold */
+    struct check_matrix a[ADAPTERS_MAX][LAYERS_MAX], b[ADAPTERS_MAX][LAYERS_MAX];
+    plora_adapters *alone[ADAPTERS_MAX][LAYERS_MAX]; /* the same factors on one layer; NULL = not made, or rank 0 */
     float *bias;
     double scales[ADAPTERS_MAX][LAYERS_MAX];
     plora_snapshot *snapshots[ADAPTERS_MAX];
@@ -33,6 +40,23 @@ struct call {
     struct check_matrix x, y[LAYERS_MAX];
 };
 
+/* The layer's weight as codes; its matrix becomes what they hold. */
+static plora_status add_quantised(struct setup *s, int32_t i, const char *name, const void *bias, int32_t flags)
+{
+    const plora_matrix *values = &s->weights[i].m;
+    s->codes[i] = arrays_new(s->quantised, values->rows, values->columns);
+    plora_quantised_linear linear = PLORA_QUANTISED_LINEAR_INIT;
+    linear.name = name;
+    linear.weight = on_device(s->codes[i]);
+    linear.bias = device_of(bias);
+    linear.flags = flags;
+    CHECK_OK(DEVICE(plora_quantise(s->context, values, &linear.weight, 0, NULL)));
+    s->codes[i]->w.offset = linear.weight.offset;
+    for (int64_t e = 0; e < values->rows * values->columns; ++e)
+        plora__store(values->data, e, PLORA_F32, value_of(s->codes[i], e));
+    return plora_model_add_quantised(s->model, &linear, &s->layers[i]);
+}
+
 static void add_layers(struct setup *s)
 {
     s->bias = malloc(1024 * sizeof *s->bias);
@@ -47,8 +71,11 @@ static void add_layers(struct setup *s)
         const int64_t n = s->out_features[i], k = s->in_features;
         s->weights[i] = check_matrix_new(fan ? k : n, fan ? n : k, fan ? n : k, s->w_dtype);
         check_matrix_random(&s->weights[i], sqrt(3.0 / (double)k));
-        CHECK_OK(check_add_linear(s->model, name, &s->weights[i].m, i == 0 ? s->bias : NULL, PLORA_F32,
-                                  fan ? PLORA_LAYER_FAN_IN_FAN_OUT : 0, &s->layers[i]));
+        const float *bias = i == 0 ? s->bias : NULL;
+        const int32_t flags = fan ? PLORA_LAYER_FAN_IN_FAN_OUT : 0;
+        CHECK_OK(s->quantised != NULL
+                     ? add_quantised(s, i, name, bias, flags)
+                     : check_add_linear(s->model, name, &s->weights[i].m, bias, PLORA_F32, flags, &s->layers[i]));
     }
 }
 
@@ -78,16 +105,46 @@ static void add_adapter(struct setup *s, int32_t number, int64_t max_rank)
     CHECK_OK(plora_registry_acquire(s->registry, name, &s->snapshots[number]));
 }
 
+/* The adapter's factors for one layer as a training host has them. */
+static plora_adapters *alone(const struct setup *s, int32_t number, int32_t layer)
+{
+    const plora_matrix *const factors[2] = {&s->a[number][layer].m, &s->b[number][layer].m};
+    const int64_t rank = factors[0]->rows;
+    char name[16];
+    plora_adapters *adapters = NULL;
+    plora_adapter view = PLORA_ADAPTER_INIT;
+    plora_adapters_options options = PLORA_ADAPTERS_OPTIONS_INIT;
+    if (rank == 0) return NULL;
+    snprintf(name, sizeof name, "l%d", layer);
+    options.targets = name;
+    options.rank = (int32_t)rank;
+    options.alpha = s->scales[number][layer] * (double)rank;
+    options.residual = PLORA_RESIDUAL_NONE;
+    CHECK_OK(plora_adapters_create(s->model, &options, &adapters));
+    CHECK_OK(plora_adapters_layer(adapters, s->layers[layer], &view));
+    for (int f = 0; f < 2; ++f)
+        for (int64_t i = 0; i < factors[f]->rows; ++i)
+            device_transfer((float *)(f == 0 ? view.a.data : view.b.data) + i * factors[f]->columns,
+                            (const float *)factors[f]->data + i * factors[f]->stride,
+                            (size_t)factors[f]->columns * sizeof(float));
+    return adapters;
+}
+
 static struct setup *setup_new(plora_context *context, int64_t in_features, int64_t out_most, int64_t max_rank,
                                int32_t adapter_count, int64_t max_tokens)
 {
     struct setup *s = calloc(1, sizeof *s);
     CHECK(s != NULL, "the test itself is out of memory");
     s->context = context;
+    if (device_is_cuda() && check_integer(0, 1)) s->stream = device_stream_create();
     s->in_features = in_features;
     s->layer_count = (int32_t)check_integer(1, LAYERS_MAX);
     s->adapter_count = adapter_count;
     s->w_dtype = (int32_t)check_integer(0, 2);
+    if (check_integer(0, 3) == 0) {
+        s->quantised = &kinds[check_integer(0, CHECK_COUNT(kinds) - 1)];
+        s->w_dtype = PLORA_F32;
+    }
     for (int32_t i = 0; i < s->layer_count; ++i)
         s->out_features[i] = check_integer(1, out_most);
     CHECK_OK(plora_model_create(context, &s->model));
@@ -106,17 +163,21 @@ static struct setup *setup_new(plora_context *context, int64_t in_features, int6
 static void setup_free(struct setup *s)
 {
     plora_batch_destroy(s->batch);
+    if (s->stream != NULL) device_stream_destroy(s->stream);
     for (int32_t i = 0; i < s->adapter_count; ++i) {
         plora_snapshot_release(s->snapshots[i]);
         for (int32_t j = 0; j < s->layer_count; ++j) {
+            plora_adapters_destroy(s->alone[i][j]);
             check_matrix_free(&s->a[i][j]);
             check_matrix_free(&s->b[i][j]);
         }
     }
     plora_registry_destroy(s->registry);
     plora_model_destroy(s->model);
-    for (int32_t i = 0; i < s->layer_count; ++i)
+    for (int32_t i = 0; i < s->layer_count; ++i) {
+        if (s->codes[i] != NULL) arrays_free(s->codes[i]);
         check_matrix_free(&s->weights[i]);
+    }
     device_forget(s->bias);
     free(s->bias);
     free(s);
@@ -145,7 +206,11 @@ static struct call call_new(struct setup *s, int64_t tokens)
     snprintf(s->text, sizeof s->text,
              "T=%" PRId64 " K=%" PRId64 " N=%" PRId64 ".. %d layers %d adapters x %s y %s W %s flags %u", tokens,
              s->in_features, s->out_features[0], s->layer_count, s->adapter_count, plora__dtype_name(c.x_dtype),
-             plora__dtype_name(c.y_dtype), plora__dtype_name(s->w_dtype), c.flags);
+             plora__dtype_name(c.y_dtype),
+             s->quantised == NULL                           ? plora__dtype_name(s->w_dtype)
+             : s->quantised->format == PLORA_QUANTISED_INT8 ? "INT8"
+                                                            : "NF4",
+             c.flags);
     return c;
 }
 
@@ -169,8 +234,9 @@ static plora_status forward(const struct setup *s, const struct call *c, const i
         y[i] = device_matrix(c->y[i].m);
     const plora_matrix x = device_matrix(c->x.m);
     device_upload();
-    plora_status status = plora_batch_begin(s->batch, c->tokens, slots, s->snapshots, s->adapter_count, NULL);
-    if (status == PLORA_OK) status = plora_batch_forward(s->batch, s->layers, s->layer_count, &x, y, c->flags, NULL);
+    plora_status status = plora_batch_begin(s->batch, c->tokens, slots, s->snapshots, s->adapter_count, s->stream);
+    if (status == PLORA_OK)
+        status = plora_batch_forward(s->batch, s->layers, s->layer_count, &x, y, c->flags, s->stream);
     return device_download(status);
 }
 
@@ -181,6 +247,28 @@ static void load(const plora_matrix *matrix, int turned, double *values)
     if (matrix->rows > 0) reference_load(matrix, turned, values);
 }
 
+/* What plora_linear_forward() makes of what y was before, with each adapter for all tokens; those that were not made stay empty. */
+static void run_alone(const struct setup *s, const struct call *c, int32_t layer,
+                      struct check_matrix results[ADAPTERS_MAX])
+{
+    const plora_matrix x = device_matrix(c->x.m);
+    for (int32_t i = 0; i < s->adapter_count; ++i) {
+        if (s->alone[i][layer] == NULL) continue;
+        results[i] = check_matrix_new(c->tokens, s->out_features[layer], c->y[layer].m.stride, c->y_dtype);
+        const size_t front = (size_t)((unsigned char *)c->y[layer].m.data - c->y[layer].memory);
+        const size_t bytes = (size_t)(c->tokens * c->y[layer].m.stride) * plora__dtype_size(c->y_dtype);
+        if (bytes > 0) memcpy(results[i].m.data, c->y[layer].snapshot + front, bytes);
+        const plora_matrix y = device_matrix(results[i].m);
+        CHECK_OK(DEVICE(plora_linear_forward(s->alone[i][layer], s->layers[layer], &x, &y, c->flags, NULL)));
+    }
+}
+
+/* A quantised W is made bf16 where x is: each weight is off by one rounding. */
+static double weight_error(const struct setup *s, const struct call *c, double magnitude)
+{
+    return s->quantised != NULL && c->x_dtype == PLORA_BF16 ? 1.01 * check_roundoff(PLORA_BF16) * magnitude : 0.0;
+}
+
 /* One layer, token by token. */
 static void check_layer(const struct setup *s, const struct call *c, int32_t layer)
 {
@@ -189,6 +277,8 @@ static void check_layer(const struct setup *s, const struct call *c, int32_t lay
     double *x = fixture_doubles(c->tokens * k), *w = fixture_doubles(k * n), *bias = fixture_doubles(n);
     double *a = fixture_doubles(512 * k), *b = fixture_doubles(512 * n);
     struct reference_sum *base = fixture_sums(n), *low = fixture_sums(n);
+    struct check_matrix single[ADAPTERS_MAX] = {{.memory = NULL}};
+    run_alone(s, c, layer, single);
     struct check_matrix before = c->y[layer];
     before.m.data = before.snapshot + ((unsigned char *)before.m.data - before.memory);
     load(&c->x.m, 0, x);
@@ -202,6 +292,8 @@ static void check_layer(const struct setup *s, const struct call *c, int32_t lay
                                            .x_dtype = c->x_dtype,
                                            .w_dtype =
                                                c->x_dtype == PLORA_BF16 && device_is_cuda() ? c->y_dtype : PLORA_F32};
+        struct linear_case bounds_alone = bounds;
+        bounds_alone.w_dtype = s->quantised != NULL ? c->x_dtype : s->w_dtype;
         struct reference_linear linear = {.tokens = 1,
                                           .in_features = k,
                                           .out_features = n,
@@ -219,15 +311,24 @@ static void check_layer(const struct setup *s, const struct call *c, int32_t lay
         reference_linear_forward(&linear, base, low);
         for (int64_t i = 0; i < n; ++i) {
             const double old = delta_only ? check_element(&before.m, t, i) : 0.0;
-            double want, bound;
+            const double got = check_element(&c->y[layer].m, t, i);
+            double want, bound, bound_alone;
             if (delta_only) base[i] = (struct reference_sum){0, 0};
+            const double more = weight_error(s, c, base[i].magnitude) * (1 + check_roundoff(c->y_dtype));
             fixture_output_bound(&bounds, c->y_dtype, k, old, base[i], low[i], &want, &bound);
             if (delta_only && rank == 0) bound = 0; /* not touched */
-            CHECK_CLOSE(check_element(&c->y[layer].m, t, i), want, bound, "y%d(%lld,%lld), slot %d of rank %lld: %s",
-                        layer, (long long)t, (long long)i, slot, (long long)rank, s->text);
+            CHECK_CLOSE(got, want, bound + more, "y%d(%lld,%lld), slot %d of rank %lld: %s", layer, (long long)t,
+                        (long long)i, slot, (long long)rank, s->text);
+            if (slot < 0 || single[slot].memory == NULL) continue;
+            fixture_output_bound(&bounds_alone, c->y_dtype, k, old, base[i], low[i], &want, &bound_alone);
+            CHECK_CLOSE(got, check_element(&single[slot].m, t, i), bound + bound_alone + 2 * more,
+                        "y%d(%lld,%lld), of slot %d of rank %lld alone: %s", layer, (long long)t, (long long)i, slot,
+                        (long long)rank, s->text);
         }
     }
     check_matrix_guards(&c->y[layer], s->text);
+    for (int32_t i = 0; i < s->adapter_count; ++i)
+        if (single[i].memory != NULL) check_matrix_free(&single[i]);
     double *const values[] = {x, w, bias, a, b};
     for (int i = 0; i < CHECK_COUNT(values); ++i)
         free(values[i]);
@@ -285,10 +386,13 @@ static void check_one_by_one(const struct setup *s, struct call *c)
 /* ------------------------------------------------------------------------------------------------------------ tests */
 
 static void run(plora_context *context, int64_t in_features, int64_t out_most, int64_t max_rank, int64_t tokens,
-                int calls)
+                int calls, int with_alone)
 {
     struct setup *s =
         setup_new(context, in_features, out_most, max_rank, (int32_t)check_integer(1, ADAPTERS_MAX), tokens + 1);
+    for (int32_t i = 0; with_alone && i < s->adapter_count; ++i)
+        for (int32_t layer = 0; layer < s->layer_count; ++layer)
+            s->alone[i][layer] = alone(s, i, layer);
     for (int i = 0; i < calls; ++i) {
         struct call c = call_new(s, i == 0 ? tokens : check_integer(0, tokens));
         CHECK_OK(forward(s, &c, c.slots));
@@ -308,9 +412,10 @@ static void test_forward_random(void **state)
     plora_context *context = check_context(NULL, 2, 0);
     const int setups = check_quick() ? 8 : device_is_cuda() ? 15 : 250;
     for (int i = 0; i < setups; ++i)
-        run(context, check_integer(1, 90), check_integer(1, 90), check_integer(1, 24), check_integer(1, 24), 4);
+        run(context, check_integer(1, 90), check_integer(1, 90), check_integer(1, 24), check_integer(1, 24), 4,
+            i % 3 == 0);
     for (int i = 0; i < (check_quick() ? 1 : 3); ++i)
-        run(context, 520, 530, 512, 9, 2);
+        run(context, 520, 530, 512, 9, 2, 1);
     plora_context_destroy(context);
 }
 
@@ -321,8 +426,10 @@ static void test_forward_long(void **state)
     check_reseed(2);
     plora_context *context = check_context(NULL, 3, 1);
     for (int i = 0; i < (check_quick() ? 1 : 4); ++i)
-        run(context, check_integer(100, 300), check_integer(100, 256), check_integer(4, 40), check_integer(200, 300),
-            1);
+        run(context, check_integer(100, 300), check_integer(100, 256), check_integer(4, 40), check_integer(200, 300), 1,
+            i == 0);
+    for (int i = 0; i < 2; ++i) /* a list that no launch takes at once */
+        run(context, 12, 12, 3, 1300, 1, 0);
     plora_context_destroy(context);
 }
 

@@ -95,8 +95,10 @@ static void check_products(plora_adapters *adapters, const struct arrays *a, int
     reference_linear_backward(&linear, dys, dbase, dlow, da, db);
     const plora_matrix device_x = device_matrix(x.m), device_y = device_matrix(y.m);
     const plora_matrix device_dy = device_matrix(dy.m), device_dx = device_matrix(dx.m);
-    CHECK_OK(DEVICE(plora_linear_forward(adapters, 0, &device_x, &device_y, 0, NULL)));
-    CHECK_OK(DEVICE(plora_linear_backward(adapters, 0, &device_x, &device_dy, &device_dx, 0, NULL)));
+    void *stream = device_is_cuda() && check_integer(0, 1) ? device_stream_create() : NULL;
+    CHECK_OK(DEVICE(plora_linear_forward(adapters, 0, &device_x, &device_y, 0, stream)));
+    CHECK_OK(DEVICE(plora_linear_backward(adapters, 0, &device_x, &device_dy, &device_dx, 0, stream)));
+    if (stream != NULL) device_stream_destroy(stream);
     /* fp32 sums; where x is bf16, W and the low-rank operands are rounded to it; then the output. */
     const double operands = x_dtype == PLORA_BF16 ? 4.05 * check_roundoff(PLORA_BF16) : 0.0;
     for (int way = 0; way < 2; ++way) {
@@ -123,7 +125,8 @@ static void check_products(plora_adapters *adapters, const struct arrays *a, int
 static void test_linear(void **state)
 {
     (void)state;
-    static const int64_t shapes[][2] = {{5, 7}, {67, 131}, {131, 67}, {300, 211}};
+    /* {3, 1100} and {2100, 3}: more than a panel of CUDA's each way */
+    static const int64_t shapes[][2] = {{5, 7}, {67, 131}, {131, 67}, {3, 1100}, {2100, 3}, {300, 211}};
     for (int k = 0; k < CHECK_COUNT(kinds); ++k)
         for (int s = 0; s < CHECK_COUNT(shapes) - (device_is_cuda() || check_quick()); ++s)
             for (int flags = 0; flags <= PLORA_LAYER_FAN_IN_FAN_OUT; ++flags)
@@ -154,6 +157,68 @@ static void test_linear(void **state)
                     free(values);
                     arrays_free(a);
                 }
+}
+
+/* ------------------------------------------------------------------------------------------------------------- masters */
+
+static const float *master_of(const plora_model *model)
+{
+    plora_quantised_linear linear = PLORA_QUANTISED_LINEAR_INIT;
+    CHECK_OK(plora_model_quantised(model, 0, &linear));
+    return linear.values.data;
+}
+
+/* Of values in any dtype and from anywhere, or of what the codes hold. */
+static void check_master(const struct kind *kind, int64_t rows, int64_t columns, int32_t source)
+{
+    enum { OF_CODES = PLORA_F16 + 1 };
+    const int of_codes = source == OF_CODES;
+    const int64_t count = rows * columns;
+    plora_context *context = check_context(NULL, 0, 0);
+    plora_model *model;
+    struct arrays *a = arrays_new(kind, rows, columns);
+    struct check_matrix values =
+        check_matrix_new(rows, columns, columns + check_integer(0, 3), of_codes ? PLORA_F32 : source);
+    float *want = malloc((size_t)count * sizeof *want);
+    CHECK(want != NULL, "the test itself is out of memory");
+    check_matrix_random(&values, 0.1);
+    plora_quantised_linear linear = PLORA_QUANTISED_LINEAR_INIT;
+    linear.name = "block.layer";
+    linear.weight = on_device(a);
+    linear.weight.offset = a->w.offset = kind->nested ? 0.05f : 0.0f;
+    if (of_codes) {
+        CHECK_OK(DEVICE(plora_quantise(context, &values.m, &linear.weight, 0, NULL)));
+        a->w.offset = linear.weight.offset;
+    } else {
+        linear.values = check_integer(0, 1) ? device_matrix(values.m) : values.m;
+    }
+    linear.master = check_integer(0, 1) ? PLORA_MASTER_MEMORY : PLORA_MASTER_FILE;
+    linear.directory = linear.master == PLORA_MASTER_FILE ? "/tmp" : NULL;
+    for (int64_t i = 0; i < count; ++i)
+        want[i] = of_codes ? value_of(a, i) : (float)check_element(&values.m, i / columns, i % columns);
+    CHECK_OK(plora_model_create(context, &model));
+    CHECK_OK(DEVICE(plora_model_add_quantised(model, &linear, NULL)));
+    for (int64_t i = 0; i < count; ++i)
+        CHECK(master_of(model)[i] == want[i], "source %d: master[%lld] is %.9g, want %.9g: %s", source, (long long)i,
+              (double)master_of(model)[i], (double)want[i], describe(kind, rows, columns));
+    check_codes(a, want, describe(kind, rows, columns));
+    plora_model_destroy(model);
+    plora_context_destroy(context);
+    check_matrix_free(&values);
+    arrays_free(a);
+    free(want);
+}
+
+static void test_masters(void **state)
+{
+    (void)state;
+    check_reseed(21);
+    for (int k = 0; k < CHECK_COUNT(kinds); ++k)
+        for (int32_t source = PLORA_F32; source <= PLORA_F16 + 1; ++source) {
+            check_master(&kinds[k], 5, 7, source);
+            check_master(&kinds[k], 33, 130, source);
+            if (source > PLORA_F16 && k % 2 == 0) check_master(&kinds[k], 1031, 1031, source); /* two runs */
+        }
 }
 
 /* -------------------------------------------------------------------------------------------------------------- unload */
@@ -199,13 +264,6 @@ static void draw_here(plora_adapters *adapters, uint64_t salt, double size)
     check_reseed(salt);
     for (int64_t i = 0; i < count; ++i)
         data[i] = (float)(size * check_uniform());
-}
-
-static const float *master_of(const plora_model *model)
-{
-    plora_quantised_linear linear = PLORA_QUANTISED_LINEAR_INIT;
-    CHECK_OK(plora_model_quantised(model, 0, &linear));
-    return linear.values.data;
 }
 
 static void check_report(const struct arrays *a, const float *master, const plora_unload_report *got,
@@ -503,7 +561,9 @@ static void test_errors(void **state)
                  {PLORA_ERROR_INVALID_ARGUMENT, "values.data is NULL"},
                  {PLORA_ERROR_IO, "/nowhere"},
                  {PLORA_ERROR_NON_FINITE, "(2,3)"},
-                 {PLORA_ERROR_INVALID_ARGUMENT, "name is empty"}};
+                 {PLORA_ERROR_INVALID_ARGUMENT, "name is empty"},
+                 {PLORA_ERROR_NON_FINITE, "(2,3)"},
+                 {PLORA_ERROR_INVALID_ARGUMENT, "map[8] is"}};
     for (int i = 0; i < CHECK_COUNT(cases); ++i) {
         linear = good;
         const plora_matrix matrix = dense(values, ROWS, COLUMNS, PLORA_F32);
@@ -521,12 +581,16 @@ static void test_errors(void **state)
         if (i == 11) linear.weight.offset = NAN;
         if (i == 12) linear.master = PLORA_MASTER_HOST;
         if (i == 13) linear.master = PLORA_MASTER_FILE, linear.directory = "/nowhere", linear.values = matrix;
-        if (i == 14) linear.master = PLORA_MASTER_HOST + check_integer(0, 1), linear.values = matrix;
+        if (i == 14) linear.master = PLORA_MASTER_HOST, linear.values = matrix;
         if (i == 15) linear.name = "";
+        if (i == 16) linear.master = PLORA_MASTER_MEMORY, linear.values = matrix;
         const float kept = values[2 * COLUMNS + 3];
-        if (i == 14) values[2 * COLUMNS + 3] = INFINITY;
+        if (i == 14 || i == 16) values[2 * COLUMNS + 3] = INFINITY;
+        float *seventh = (float *)(uintptr_t)a->w.map + 7;
+        if (i == 17) *seventh = 1.0f;
         CHECK_FAILS(DEVICE(plora_model_add_quantised(model, &linear, NULL)), cases[i].status, cases[i].says);
         values[2 * COLUMNS + 3] = kept;
+        *seventh = a->map[7];
         for (size_t c = 0; c < a->codes_bytes; ++c)
             CHECK(((uint8_t *)a->w.codes)[c] == CHECK_POISON, "case %d wrote code %zu", i, c);
     }
@@ -635,9 +699,9 @@ int main(void)
 {
     check_begin("test_quantised");
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(test_linear),         cmocka_unit_test(test_unload),  cmocka_unit_test(test_function),
-        cmocka_unit_test(test_without_master), cmocka_unit_test(test_records), cmocka_unit_test(test_errors),
-        cmocka_unit_test(test_out_of_memory),
+        cmocka_unit_test(test_linear),   cmocka_unit_test(test_masters),        cmocka_unit_test(test_unload),
+        cmocka_unit_test(test_function), cmocka_unit_test(test_without_master), cmocka_unit_test(test_records),
+        cmocka_unit_test(test_errors),   cmocka_unit_test(test_out_of_memory),
     };
     return cmocka_run_group_tests_name("quantised", tests, NULL, NULL);
 }

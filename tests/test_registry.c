@@ -1,6 +1,7 @@
 /* test_registry.c: names, versions and memory of served adapters, one call after the other: what each answers, to the bit, and what is
  * refused. The same under traffic is in test_registry_threads.c. */
 #include "file_fixture.h"
+#include "quantised_fixture.h"
 #include "registry_fixture.h"
 
 static struct registry_client client;
@@ -330,6 +331,60 @@ static void test_registry_evict(void **state)
     setup_free(s);
 }
 
+/* An arena that goes to its file and comes back in more than one piece. */
+static void test_registry_evict_large(void **state)
+{
+    (void)state;
+    check_reseed(12);
+    enum { TOKENS = 2, K = 700, N = 600, RANK = 256 };
+    plora_context *context = check_context(NULL, 0, 0);
+    plora_model *model;
+    plora_registry *registry;
+    plora_batch *batch;
+    struct check_matrix w = check_matrix_new(N, K, K, PLORA_F32), x = check_matrix_new(TOKENS, K, K, PLORA_F32);
+    struct check_matrix a = check_matrix_new(RANK, K, K, PLORA_F32), b = check_matrix_new(N, RANK, RANK, PLORA_F32);
+    struct check_matrix y[2] = {check_matrix_new(TOKENS, N, N, PLORA_F32), check_matrix_new(TOKENS, N, N, PLORA_F32)};
+    check_matrix_random(&w, 1.0);
+    check_matrix_random(&x, 1.0);
+    check_matrix_random(&a, 1.0);
+    check_matrix_random(&b, 1.0);
+    CHECK_OK(plora_model_create(context, &model));
+    CHECK_OK(check_add_linear(model, "m.q_proj", &w.m, NULL, PLORA_F32, 0, NULL));
+    plora_registry_options options = PLORA_REGISTRY_OPTIONS_INIT;
+    options.spill_directory = file_directory;
+    CHECK_OK(plora_registry_create(model, &options, &registry));
+    const plora_registry_layer layer = {.a = a.m, .b = b.m, .scale = 0.1, .layer = 0};
+    CHECK_OK(plora_registry_add(registry, "large", &layer, 1, NULL));
+    plora_batch_options limits = PLORA_BATCH_OPTIONS_INIT;
+    limits.max_tokens = TOKENS;
+    limits.max_adapters = 1;
+    limits.max_rank = RANK;
+    CHECK_OK(plora_batch_create(model, &limits, &batch));
+    for (int i = 0; i < 2; ++i) {
+        const int32_t slots[TOKENS] = {0}, layers[1] = {0};
+        const plora_matrix device_x = device_matrix(x.m), device_y = device_matrix(y[i].m);
+        plora_snapshot *snapshot;
+        memset(y[i].m.data, 0, TOKENS * N * sizeof(float));
+        if (i == 1) CHECK_OK(plora_registry_evict(registry, "large"));
+        CHECK(is_resident(registry, "large") == (i == 0), "evicted: %d", i);
+        CHECK_OK(plora_registry_acquire(registry, "large", &snapshot));
+        CHECK_OK(plora_batch_begin(batch, TOKENS, slots, &snapshot, 1, NULL));
+        plora_snapshot_release(snapshot);
+        CHECK_OK(DEVICE(plora_batch_forward(batch, layers, 1, &device_x, &device_y, PLORA_LINEAR_DELTA_ONLY, NULL)));
+        CHECK_OK(plora_batch_begin(batch, 0, NULL, NULL, 0, NULL));
+    }
+    CHECK(check_element(&y[0].m, 1, N - 1) != 0, "the adapter does nothing");
+    CHECK(memcmp(y[0].m.data, y[1].m.data, TOKENS * N * sizeof(float)) == 0,
+          "another answer after it was brought back");
+    plora_batch_destroy(batch);
+    plora_registry_destroy(registry);
+    plora_model_destroy(model);
+    plora_context_destroy(context);
+    struct check_matrix *const matrices[] = {&w, &x, &a, &b, &y[0], &y[1]};
+    for (int i = 0; i < CHECK_COUNT(matrices); ++i)
+        check_matrix_free(matrices[i]);
+}
+
 /* -------------------------------------------------------------------------------------------------------------- merging */
 
 static void read_weights(const struct registry_fixture *f, unsigned char *to)
@@ -402,6 +457,65 @@ static void test_registry_merge(void **state)
     free(before);
     free(after);
     setup_free(s);
+}
+
+/* Refused whatever master the weight has; a weight before it is as it was, and adapters of the other layers are merged. */
+static void check_merge_quantised(const struct kind *kind, int32_t master)
+{
+    enum { K = 70, N = 40, RANK = 3 };
+    plora_context *context = check_context(NULL, 0, 0);
+    plora_model *model;
+    plora_registry *registry;
+    struct arrays *codes = arrays_new(kind, N, K);
+    float *values = random_values(N * K, 0.5);
+    struct check_matrix w = check_matrix_new(N, K, K, PLORA_F32);
+    struct check_matrix a = check_matrix_new(RANK, K, K, PLORA_F32), b = check_matrix_new(N, RANK, RANK, PLORA_F32);
+    check_matrix_random(&w, 1.0);
+    check_matrix_random(&a, 1.0);
+    check_matrix_random(&b, 1.0);
+    check_matrix_snapshot(&w);
+    const plora_matrix matrix = dense(values, N, K, PLORA_F32);
+    plora_quantised_linear linear = PLORA_QUANTISED_LINEAR_INIT;
+    linear.name = "m.up_proj";
+    linear.weight = on_device(codes);
+    CHECK_OK(DEVICE(plora_quantise(context, &matrix, &linear.weight, 0, NULL)));
+    linear.master = master;
+    CHECK_OK(plora_model_create(context, &model));
+    CHECK_OK(check_add_linear(model, "m.q_proj", &w.m, NULL, PLORA_F32, 0, NULL));
+    CHECK_OK(plora_model_add_quantised(model, &linear, NULL));
+    CHECK_OK(plora_registry_create(model, NULL, &registry));
+    const plora_registry_layer layers[2] = {{.a = a.m, .b = b.m, .scale = 0.1, .layer = 0},
+                                            {.a = a.m, .b = b.m, .scale = 0.1, .layer = 1}};
+    CHECK_OK(plora_registry_add(registry, "both", layers, 2, NULL));
+    CHECK_OK(plora_registry_add(registry, "plain", layers, 1, NULL));
+    memset(codes->w.codes, CHECK_POISON, codes->codes_bytes);
+    CHECK_FAILS(DEVICE(plora_registry_merge(registry, "both")), PLORA_ERROR_UNSUPPORTED, "'both'", "'m.up_proj'",
+                "quantised weight", "nothing was merged");
+    check_matrix_unchanged(&w, "refused");
+    for (size_t i = 0; i < codes->codes_bytes; ++i)
+        CHECK(((uint8_t *)codes->w.codes)[i] == CHECK_POISON, "a refused merge wrote code %zu", i);
+    CHECK_FAILS(plora_registry_unmerge(registry), PLORA_ERROR_INVALID_ARGUMENT, "no adapter");
+    CHECK_OK(plora_registry_unload(registry, "both", 0));
+    CHECK_OK(DEVICE(plora_registry_merge(registry, "plain")));
+    CHECK(memcmp(w.memory, w.snapshot, w.bytes) != 0, "the merge has changed no weight");
+    CHECK_OK(DEVICE(plora_registry_unmerge(registry)));
+    check_matrix_unchanged(&w, "unmerged");
+    plora_registry_destroy(registry);
+    plora_model_destroy(model);
+    plora_context_destroy(context);
+    check_matrix_free(&w);
+    check_matrix_free(&a);
+    check_matrix_free(&b);
+    arrays_free(codes);
+    free(values);
+}
+
+static void test_registry_merge_quantised(void **state)
+{
+    (void)state;
+    check_reseed(13);
+    for (int k = 0; k < CHECK_COUNT(kinds); ++k)
+        check_merge_quantised(&kinds[k], k % 2 == 0 ? PLORA_MASTER_NONE : PLORA_MASTER_MEMORY);
 }
 
 /* -------------------------------------------------------------------------------------------------------- out of memory */
@@ -488,7 +602,8 @@ int main(void)
         cmocka_unit_test(test_registry_versions),      cmocka_unit_test(test_registry_busy),
         cmocka_unit_test(test_registry_names),         cmocka_unit_test(test_registry_load),
         cmocka_unit_test(test_registry_publish),       cmocka_unit_test(test_registry_add_errors),
-        cmocka_unit_test(test_registry_evict),         cmocka_unit_test(test_registry_merge),
+        cmocka_unit_test(test_registry_evict),         cmocka_unit_test(test_registry_evict_large),
+        cmocka_unit_test(test_registry_merge),         cmocka_unit_test(test_registry_merge_quantised),
         cmocka_unit_test(test_registry_out_of_memory), cmocka_unit_test(test_registry_no_allocation),
     };
     return cmocka_run_group_tests(tests, file_setup, file_teardown);

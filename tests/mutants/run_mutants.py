@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Plants each bug of mutants.py in a copy of cuda/, runs tests on the emulated device (tests/emulator), and wants it found.
+"""Plants each bug of mutants.py in a copy of lib/ and cuda/, runs tests on the CPU or the emulated device (tests/emulator), and wants
+it found.
 
     run_mutants.py BUILD [PATTERN...]     the bugs whose names match a pattern; all, without one
 
@@ -36,40 +37,58 @@ def tool(folder, command):
         raise RuntimeError(f"{folder}: {shlex.join(command)}\n{result.stdout}")
 
 
+def place(name):
+    """Where a file of the library lies: no two have the same name."""
+    return next(path for path in (f"{folder}/{name}" for folder in ("lib", "lib/cpu", "cuda")) if os.path.exists(path))
+
+
+def backend(mutant):
+    return mutant.backend or ("cuda" if place(mutant.file).startswith("cuda/") else "cpu")
+
+
 def plant(mutant, folder):
-    """The copy of cuda/, changed. Returns what went wrong with the text, or None."""
+    """The copy of lib/ and cuda/, changed. Returns what went wrong with the text, or None."""
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree("cuda", os.path.join(folder, "cuda"))
-    if not mutant.file:
-        return None
-    path = os.path.join(folder, "cuda", mutant.file)
+    for copied in ("lib", "cuda"):
+        shutil.copytree(copied, os.path.join(folder, copied))
+    path = os.path.join(folder, place(mutant.file))
     with open(path, encoding="utf-8") as file:
         text = file.read()
     found = text.count(mutant.old)
     if found != 1:
-        return f"the text to be replaced occurs {found} times in cuda/{mutant.file}"
+        return f"the text to be replaced occurs {found} times in {place(mutant.file)}"
     with open(path, "w", encoding="utf-8") as file:
         file.write(text.replace(mutant.old, mutant.new))
     return None
 
 
-def compile_object(mutant, folder):
-    """The changed object of the library; of a kernel, fatbins.o with its new fat binary. The other kernels are those of the build."""
+def compile_objects(mutant, folder):
+    """The changed objects of the library: one, or one for each instruction level of a CPU kernel; of a CUDA kernel, fatbins.o with its
+    new fat binary. The other kernels are those of the build."""
     unit = mutant.unit or mutant.file
     name, kind = os.path.splitext(unit)
-    target = os.path.join(folder, "changed.o")
+    source = os.path.join(folder, place(unit))
+    include = f"-I{folder}/lib"  # before the unchanged headers
     if kind == ".c":
-        tool(folder, [*variable("CC"), "-c", "-o", target, os.path.join(folder, "cuda", unit)])
-        return target
+        levels = sorted(key for key in os.environ if key.startswith("MUTANT_LEVEL_")) if name.endswith("_kernels") else [None]
+        targets = []
+        for level in levels:
+            targets.append(os.path.join(folder, f"changed{len(targets)}.o"))
+            how = shlex.split(os.environ[level]) if level else []
+            compiler, *flags = variable("CC")
+            tool(folder, [compiler, include, *flags, *how, "-c", "-o", targets[-1], source])
+        return targets
     path = f"compute_{75 if mutant.sm < 80 else 80}"
     exact = ["-fmad=false"] if name in variable("EXACT") else []
-    tool(folder, [*variable("NVCC"), *exact, "-gencode", f"arch={path},code={path}", "-o", os.path.join(folder, name + ".fatbin"),
-                  os.path.join(folder, "cuda", unit)])
+    compiler, *flags = variable("NVCC")
+    tool(folder, [compiler, include, *flags, *exact, "-gencode", f"arch={path},code={path}", "-o", os.path.join(folder, name + ".fatbin"),
+                  source])
     kernels = [os.path.basename(path)[:-3] for path in sorted(glob.glob("cuda/*.cu"))]
     listed = "-DCUDA_FATBINS=" + " ".join(f"CUDA_FATBIN({kernel})" for kernel in kernels)
+    target = os.path.join(folder, "changed.o")
     tool(folder, [*variable("CC"), listed, f"-Wa,-I{folder}", f"-Wa,-I{os.environ['CUDA_BUILD']}/cuda", "-c", "-o", target,
                   os.path.join(folder, "cuda", "fatbins.c")])
-    return target
+    return [target]
 
 
 def link(folder, program, objects):
@@ -79,9 +98,9 @@ def link(folder, program, objects):
     return target
 
 
-def run(binary, test, sm, quick, finds):
+def run(binary, test, device, sm, quick, finds):
     """Runs one test to its end, or to the first line that matches. Returns (the line or None, exit status, output)."""
-    environment = dict(os.environ, PLORA_TEST_BACKEND="cuda", PLORA_TEST_ONLY=test, PLORA_TEST_QUICK=str(quick), EMU_SM=str(sm),
+    environment = dict(os.environ, PLORA_TEST_BACKEND=device, PLORA_TEST_ONLY=test, PLORA_TEST_QUICK=str(quick), EMU_SM=str(sm),
                        OMP_WAIT_POLICY="passive", OMP_NUM_THREADS="1", CMOCKA_MESSAGE_OUTPUT="stdout")
     environment["LD_LIBRARY_PATH"] = os.path.join(BUILD, "emulator")
     command = ["timeout", str(LIMIT), binary]
@@ -106,11 +125,11 @@ def try_mutant(mutant):
     stale = plant(mutant, folder)
     if stale:
         return False, f"{mutant.name}: STALE: {stale}"
-    objects = [compile_object(mutant, folder)]
+    objects = compile_objects(mutant, folder)
     failures = []
     for quick, test in itertools.product((1, 0), mutant.tests.split()):  # all shapes where the few do not find it
         program, name = test.split(":")
-        line, status, output = run(link(folder, program, objects), name, mutant.sm, quick, mutant.finds)
+        line, status, output = run(link(folder, program, objects), name, backend(mutant), mutant.sm, quick, mutant.finds)
         if line:
             shutil.rmtree(folder)
             line = line.replace(f"{os.path.abspath(folder)}/", "").replace(f"{folder}/", "")
@@ -121,18 +140,18 @@ def try_mutant(mutant):
 
 
 def try_unchanged(test):
-    program, name, sm = test
-    folder = os.path.join(FOLDER, f"unchanged-{program}-{name}-{sm}")
+    program, name, device, sm = test
+    folder = os.path.join(FOLDER, f"unchanged-{program}-{name}-{device}-{sm}")
     os.makedirs(folder, exist_ok=True)
-    _, status, output = run(link(folder, program, []), name, sm, 1, None)
+    _, status, output = run(link(folder, program, []), name, device, sm, 1, None)
     shutil.rmtree(folder)
     passed = status == 0 and "[  PASSED  ] 1 test" in output and "emulator: " not in output
-    return passed, f"unchanged, sm_{sm}, {program}:{name}" + ("" if passed else f": status {status}\n{output[-3000:]}")
+    return passed, f"unchanged, {device}, sm_{sm}, {program}:{name}" + ("" if passed else f": status {status}\n{output[-3000:]}")
 
 
 def main():
     chosen = [m for m in MUTANTS if not PATTERNS or any(fnmatch.fnmatch(m.name, p) for p in PATTERNS)]
-    tests = sorted({(*test.split(":"), m.sm) for m in chosen for test in m.tests.split()})
+    tests = sorted({(*test.split(":"), backend(m), m.sm) for m in chosen for test in m.tests.split()})
     os.environ.setdefault("PLORA_TEST_SEED", str(time.time_ns() >> 8))
     print(f"PLORA_TEST_SEED={os.environ['PLORA_TEST_SEED']}", flush=True)
     failed = 0
