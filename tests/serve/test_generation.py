@@ -11,7 +11,7 @@ import pytest
 from conftest import ADAPTERS, EOS, TINY, Server
 from reference import read_safetensors, softmax
 
-TIE_BF16 = 0.3
+TIE_BF16 = 0.3  # the largest lead that bf16 turned in 240 answers was .13, of logits up to 6
 TIE = 1e-4  # logits nearer than this are a tie: fp32 rounding, with logits of a few units, is below 1e-5
 
 
