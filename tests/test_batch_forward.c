@@ -19,6 +19,7 @@ struct setup {
     plora_batch *batch;
     int64_t in_features, out_features[LAYERS_MAX];
     int32_t layers[LAYERS_MAX], layer_count, adapter_count, w_dtype;
+    int32_t strongest;            /* the adapter that has the highest rank */
     const struct kind *quantised; /* NULL = w_dtype says what the weights are */
     struct arrays *codes[LAYERS_MAX];
     int fan[LAYERS_MAX];                     /* fan-in-fan-out */
@@ -87,7 +88,7 @@ static void add_adapter(struct setup *s, int32_t number, int64_t max_rank)
     memset(layers, 0, sizeof layers);
     for (int32_t i = 0; i < s->layer_count; ++i) {
         const int64_t k = s->in_features, n = s->out_features[i], most = k < n ? k : n;
-        int64_t rank = number == 0 ? max_rank : check_integer(i == 0 ? 1 : 0, max_rank);
+        int64_t rank = number == s->strongest ? max_rank : check_integer(i == 0 ? 1 : 0, max_rank);
         if (rank > most) rank = most;
         s->a[number][i] = check_matrix_new(rank, k, k + check_integer(0, 2), PLORA_F32);
         s->b[number][i] = check_matrix_new(n, rank, rank + check_integer(0, 2), PLORA_F32);
@@ -140,6 +141,7 @@ static struct setup *setup_new(plora_context *context, int64_t in_features, int6
     s->in_features = in_features;
     s->layer_count = (int32_t)check_integer(1, LAYERS_MAX);
     s->adapter_count = adapter_count;
+    s->strongest = (int32_t)(max_tokens % adapter_count);
     s->w_dtype = (int32_t)check_integer(0, 2);
     if (check_integer(0, 3) == 0) {
         s->quantised = &kinds[check_integer(0, CHECK_COUNT(kinds) - 1)];
