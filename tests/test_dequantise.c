@@ -225,6 +225,16 @@ static void test_dequantise_shapes(void **state)
                 const struct dequantise_case c = random_case(format, shapes[s][0], shapes[s][1]);
                 run(&c);
             }
+    const struct dequantise_case nested = {.format = PLORA__QUANTISED_NF4, /* by more than one scale */
+                                           .rows = 33,
+                                           .columns = 1031,
+                                           .group = 1031,
+                                           .nested = 1,
+                                           .out_rows = 33,
+                                           .out_columns = 1031,
+                                           .dtype = PLORA_F32,
+                                           .stride = 1033};
+    run(&nested);
 }
 
 static void test_dequantise_random(void **state)

@@ -131,6 +131,7 @@ static void test_linear(void **state)
         for (int s = 0; s < CHECK_COUNT(shapes) - (device_is_cuda() || check_quick()); ++s)
             for (int flags = 0; flags <= PLORA_LAYER_FAN_IN_FAN_OUT; ++flags)
                 for (int deterministic = 0; deterministic < 2; ++deterministic) {
+                    if (device_is_cuda() && s > 2 && (k % 3 != 0 || deterministic)) continue; /* an emulator's time */
                     check_reseed(1000 + 8 * (uint64_t)k + (uint64_t)s);
                     plora_context *context = check_context(NULL, 0, deterministic);
                     plora_model *model;
