@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The texts of the study, as characters: what the small models are pre-trained on, and three tasks to fine-tune them for.
+"""The texts of the study, as characters: what the small models are pre-trained on, and two tasks to fine-tune them for.
 
     base     the even ones of gsm_symbolic's 85 templates of word problems, question and answer
     gsm      the odd ones
-    code     programming problems with their Python solutions (codeio, in the same package)
     sum      "27+5=032": an easy task with an exact answer; only the three digits after '=' count for the loss
 
 All come from the wheel of reasoning-gym that examples/finetune/prepare.py downloads and checks. A character is its place in
@@ -11,11 +10,8 @@ ALPHABET; what is not in it is left out. Each text has three parts, none of whic
 (rates are chosen by its loss) and test (what is reported).
 """
 
-import gzip
-import json
 import random
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -59,14 +55,6 @@ def gsm_texts(wheel, odd):
     return parts
 
 
-def code_texts(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        lines = gzip.decompress(archive.read("reasoning_gym/data/codeio.jsonl.gz")).decode().splitlines()
-    documents = [f"{item['task_description']}\n{item['code_sample']}" for item in map(json.loads, lines)]
-    random.Random(1).shuffle(documents)
-    return {"tune": documents[:60], "test": documents[60:260], "train": documents[260:1800]}
-
-
 def text_arrays(parts):
     rng = np.random.default_rng(4)
     arrays = {}
@@ -92,11 +80,11 @@ def load(name, build):
     path = Path(build) / "study" / f"text-{name}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        wheel = prepare.fetch_wheel(prepare.DATA_PACKAGE, Path(build) / "downloads")
-        if name in ("base", "gsm"):
-            arrays = text_arrays(gsm_texts(wheel, odd=name == "gsm"))
+        if name == "sum":
+            arrays = sum_arrays()
         else:
-            arrays = sum_arrays() if name == "sum" else text_arrays(code_texts(wheel))
+            wheel = prepare.fetch_wheel(prepare.DATA_PACKAGE, Path(build) / "downloads")
+            arrays = text_arrays(gsm_texts(wheel, odd=name == "gsm"))
         with open(path.with_suffix(".tmp"), "wb") as file:
             np.savez(file, **arrays)
         path.with_suffix(".tmp").replace(path)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The character models of the study: LLaMA, GPT-2 and OPT of about 0.7 M parameters, two blocks each.
+"""The character models of the study: LLaMA, GPT-2 and OPT of about 0.25 M parameters, two blocks each.
 
 They are made by transformers from configurations, with random weights, and trained once on the text "base"; the result is kept
 in build/study. The fine-tuning runs start from it. digest() tells one such base from another: floating point may differ
@@ -25,10 +25,10 @@ def create(name, seed=0):
     import transformers as hf
 
     torch.manual_seed(seed)
-    vocabulary, width = len(ALPHABET), 160
+    vocabulary, width = len(ALPHABET), 96
     if name == "llama":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=480, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=WINDOW, tie_word_embeddings=False, **SPECIAL))  # fmt: skip
     elif name == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(
@@ -36,7 +36,7 @@ def create(name, seed=0):
             attn_pdrop=0.0, **SPECIAL))  # fmt: skip
     elif name == "opt":
         model = hf.OPTForCausalLM(hf.OPTConfig(
-            vocab_size=vocabulary, hidden_size=width, ffn_dim=640, num_hidden_layers=2, num_attention_heads=4,
+            vocab_size=vocabulary, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=2, num_attention_heads=4,
             word_embed_proj_dim=width, max_position_embeddings=WINDOW, dropout=0.0, **SPECIAL))  # fmt: skip
     else:
         raise ValueError(f"model {name!r}: must be one of {', '.join(MODELS)}")
@@ -54,8 +54,8 @@ def losses(model, rows, weights):
     rows = torch.from_numpy(rows)
     weights = torch.from_numpy(weights)
     logits = model(input_ids=rows[:, :-1]).logits.float()
-    each = torch.nn.functional.cross_entropy(logits.transpose(1, 2), rows[:, 1:], reduction="none")
-    return (each * weights).sum() / weights.sum(), logits, rows
+    each = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), rows[:, 1:].reshape(-1), reduction="none")
+    return (each * weights.reshape(-1)).sum() / weights.sum(), logits, rows
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the study runs: a list of entries, in the order in which they are to run.
 
-An entry is a dict of settings (train.DEFAULTS has the others) and of
+An entry is a dict of settings (DEFAULTS has the others) and of
     part    which claims it belongs to
     phase   earlier phases run first; within one the first rate of every entry comes before the second of any
     lr      rates to try with the first seed; the other seeds run with the one that is best by the tuning text
@@ -11,80 +11,84 @@ A run that two entries ask for happens once: its key is made of its settings alo
 what a setting does gives it another name.
 """
 
-import train
-
+DEFAULTS = {
+    "kind": "toy", "model": "llama", "task": "gsm", "method": "lora", "rank": 1, "lr": 1e-2, "steps": 4000, "seed": 1,
+    "warmup": 20, "period": 0, "momentum": 1.0, "moments": "default", "b_ratio": 1.0, "reinit": "random", "dtype": "fp32",
+    "rounding": "default", "watch": 0,
+}  # fmt: skip
 PARTS = {
     "claim1": "unloading keeps the performance over many cycles", "claim2": "PLoRA against LoRA",
     "claim3": "period, rank and rate", "claim4": "forms of the unload", "claim5": "rank of the update, and memory",
     "claim6": "bf16 weights",
 }  # fmt: skip
 THREE = [1, 2, 3]
-MIDDLE = [1e-2, 3e-2, 3e-3]  # the best rates of low ranks lie here; the likeliest first
+RATES = [1e-2, 2e-2, 5e-3]  # the best rates of low ranks lie here; the likeliest first
 PLORA = {"method": "plora", "period": 400}
 MOMENTUM = {"method": "momentum", "momentum": 0.2, "period": 10}
 RESTARTS = {"method": "restarts", "period": 400}
 FULL = {"method": "full", "rank": 0}
+PERIODS, GRID_RATES, GRID_STEPS = (50, 100, 200, 500), (3e-3, 1e-2, 3e-2), 2000  # of claim 3
+SHORT = 800  # steps of the short runs of claim 4
+REAL = {"kind": "smollm", "model": "SmolLM2-135M", "steps": 200, "warmup": 5}
+REAL_PLORA = {**PLORA, "period": 50}
+CONTEXTS = [  # of claim 2
+    ("LLaMA-like, word problems", {"model": "llama", "task": "gsm", "steps": 4000}),
+    ("GPT-2-like, word problems", {"model": "gpt2", "task": "gsm", "steps": 4000}),
+    ("OPT-like, word problems", {"model": "opt", "task": "gsm", "steps": 4000}),
+    ("SmolLM2-135M, word problems", {"kind": "smollm"}),
+]  # fmt: skip
 
 
-def entry(phase, parts, lr, seeds=(1,), **settings):
-    return {"phase": phase, "parts": parts.split(), "lr": list(lr), "seeds": list(seeds), "settings": settings}
-
-
-def core(phase, later, parts, rates, **common):
-    """The five methods of claim 2: a grid of rates in one phase, the other seeds in a later one."""
-    made = []
-    for method, lr in [({"method": "lora"}, rates), (PLORA, rates), (MOMENTUM, rates), (RESTARTS, rates), (FULL, [1e-3, 3e-3, 3e-4])]:
-        made.append({**entry(phase, parts, lr, THREE, **{**method, **common}), "later": later})
-    return made
+def entry(phase, parts, lr, seeds=(1,), later=None, **settings):
+    """later: the phase of the seeds after the first."""
+    return {"phase": phase, "later": phase if later is None else later, "parts": parts.split(), "lr": list(lr),
+            "seeds": list(seeds), "settings": settings}  # fmt: skip
 
 
 def entries():
-    plan = core(0, 2, "claim2 claim5", MIDDLE)
-    # An easy task, 40 stages; loss and accuracy just before and after every fourth unload.
-    easy = {"task": "sum", "rank": 4, "steps": 4000}
-    plan += [
-        entry(1, "claim1", [1e-2], THREE, **easy, method="plora", period=100, watch=400),
-        entry(1, "claim1", [1e-2], THREE, **easy, **MOMENTUM, watch=400),
-        entry(1, "claim1", [1e-2], THREE, **easy),
-        entry(1, "claim1", [1e-3], THREE, **{**easy, **FULL}),
-    ]
+    # The claims by their weight: 2, 4, 1, 5, 6, 3.
+    plan = [entry(0, "claim2 claim5", RATES, THREE, 1, **method) for method in ({}, PLORA, MOMENTUM)]
+    plan.append(entry(0, "claim2", RATES, THREE, 1, **RESTARTS))
+    plan.append(entry(0, "claim2 claim5", [1e-3, 2e-3, 5e-4], THREE, 1, **FULL))
+    plan += [entry(2, "claim2", RATES[::2], THREE, 3, **{**REAL, **method}) for method in ({}, MOMENTUM, REAL_PLORA)]
+    for model in ("gpt2", "opt"):
+        plan += [entry(4, "claim2", RATES[:2], THREE, model=model, **method) for method in ({}, PLORA, MOMENTUM)]
+        plan.append(entry(4, "claim2", [1e-3, 2e-3], model=model, **FULL))
     forms = [
         {**PLORA, "reinit": "gradient"}, {**PLORA, "b_ratio": 4.0}, {**PLORA, "warmup": 0},
         {"method": "momentum", "momentum": 0.9, "period": 400}, {"method": "momentum", "momentum": 0.5, "period": 100},
-        {"method": "momentum", "momentum": 0.5, "period": 10}, {"method": "momentum", "momentum": 0.1, "period": 10},
-        {**MOMENTUM, "moments": "reset"}, {**MOMENTUM, "b_ratio": 4.0}, {**MOMENTUM, "warmup": 0},
+        {**MOMENTUM, "moments": "reset"}, {**MOMENTUM, "b_ratio": 4.0},
     ]  # fmt: skip
-    plan += [entry(3, "claim4", MIDDLE[:2], THREE, **form) for form in forms]
+    plan += [entry(5, "claim4", RATES[:2], THREE, 6, **form) for form in forms]
     short = [{}, {**PLORA, "period": 100}, {**PLORA, "period": 100, "reinit": "gradient"}, {**PLORA, "period": 100, "b_ratio": 4.0},
              MOMENTUM, {**MOMENTUM, "momentum": 0.5}, {**MOMENTUM, "momentum": 0.1}]  # fmt: skip
-    plan += [entry(3, "claim4", MIDDLE[:2], THREE, **form, steps=800) for form in short]
-    for rank in (1, 4):
-        for lr in MIDDLE:
-            plan.append(entry(4, "claim3", [lr], rank=rank, steps=2000))
-            for period in (50, 100, 200, 400, 1000):
-                plan.append(entry(4, "claim3", [lr], rank=rank, steps=2000, method="plora", period=period))
-    plan += [entry(5, "claim5", [1e-2, 3e-3], THREE, rank=rank) for rank in (4, 10, 40)]
-    plan += [entry(5, "claim5", [1e-2, 3e-3], THREE, **PLORA, rank=4)]
-    for rounding in ("nearest", "residual", "stochastic"):
-        bf16 = {"dtype": "bf16", "rounding": rounding, "steps": 2000}
-        plan.append(entry(6, "claim6", [1e-2], THREE, **{**PLORA, "period": 100}, **bf16))
-        plan.append(entry(6, "claim6", [1e-2], THREE, **MOMENTUM, **bf16))
-    plan.append(entry(6, "claim6", [1e-2], THREE, dtype="bf16", steps=2000))
-    for other in ({"model": "gpt2"}, {"model": "opt"}, {"task": "code"}):
-        plan += core(7, 7, "claim2", MIDDLE[:2], **other)
-    real = {"kind": "smollm", "model": "SmolLM2-135M", "steps": 400, "warmup": 5}
+    plan += [entry(5, "claim4", RATES[:2], THREE, 6, **form, steps=SHORT) for form in short]
+    # An easy task, 20 stages; loss and accuracy just before and just after every second unload.
+    easy = {"task": "sum", "rank": 4, "steps": 2000}
     plan += [
-        entry(8, "claim2", [1e-2, 3e-3], THREE, **real),
-        entry(8, "claim2", [1e-2, 3e-3], THREE, **real, **MOMENTUM),
-        entry(8, "claim2", [1e-2, 3e-3], THREE, **{**real, **PLORA, "period": 100}),
-        entry(8, "claim2", [3e-3], **real, rank=8),
+        entry(7, "claim1", [1e-2], THREE, **easy, method="plora", period=100, watch=200),
+        entry(7, "claim1", [1e-2], THREE, **easy, **MOMENTUM, watch=200),
+        entry(7, "claim1", [1e-2], THREE, **easy),
+        entry(7, "claim1", [1e-3], THREE, **{**easy, **FULL}),
     ]
+    plan += [entry(8, "claim5", RATES[::2], THREE, rank=10), entry(8, "claim5", RATES[::2], THREE, rank=4),
+             entry(8, "claim5", RATES[::2], THREE, **PLORA, rank=4), entry(8, "claim5", RATES[::2], rank=40)]  # fmt: skip
+    for rounding in ("nearest", "residual", "stochastic"):
+        bf16 = {"dtype": "bf16", "rounding": rounding, "steps": 1000}
+        seeds = THREE if rounding != "stochastic" else THREE[:1]
+        plan += [entry(9, "claim6", [1e-2], seeds, **{**PLORA, "period": 100}, **bf16), entry(9, "claim6", [1e-2], seeds, **MOMENTUM, **bf16)]
+    plan.append(entry(9, "claim6", [1e-2], THREE, dtype="bf16", steps=1000))
+    for rank in (1, 4):
+        for lr in GRID_RATES:
+            plan.append(entry(10, "claim3", [lr], rank=rank, steps=GRID_STEPS))
+            plan += [entry(10, "claim3", [lr], rank=rank, steps=GRID_STEPS, method="plora", period=period) for period in PERIODS]
+    plan.append(entry(11, "claim2", [5e-3], **REAL, rank=8))
     return plan
 
 
 def key_of(settings):
-    full = {**train.DEFAULTS, **settings}
-    return " ".join(f"{name}={full[name]}" for name in train.DEFAULTS)
+    full = {**DEFAULTS, **settings}
+    return " ".join(f"{name}={full[name]}" for name in DEFAULTS)
 
 
 def grid(item):
@@ -135,12 +139,12 @@ def schedule(done, part=None):
             total, missing, cost = total + count, missing + count, cost + count * cost_of(item["settings"])
             continue
         for turn, settings in enumerate(others):
-            want(settings, (item.get("later", item["phase"]), 10 + turn, place))
+            want(settings, (item["later"], 10 + turn, place))
     return [run[1:] for run in sorted(ready, key=lambda run: run[0])], cost, missing, total
 
 
 def cost_of(settings):
     """In steps of a small fp32 model."""
-    full = {**train.DEFAULTS, **settings}
-    each = 100.0 if full["kind"] == "smollm" else 3.0 if full["dtype"] == "bf16" else 1.0
+    full = {**DEFAULTS, **settings}
+    each = 150.0 if full["kind"] == "smollm" else 1.3 if full["dtype"] == "bf16" else 1.0
     return full["steps"] * each

@@ -54,13 +54,11 @@ def claim1(report, plt):
 
 
 def claim2(report, plt):
-    import report as texts
-
-    contexts = [(title, [row for row in report.context(wanted)[0] if row]) for title, wanted in texts.CONTEXTS]
+    contexts = [(title, [row for row in report.context(wanted)[0] if row]) for title, wanted in plan.CONTEXTS]
     contexts = [(title, rows) for title, rows in contexts if rows]
     if not contexts:
         return None
-    columns = min(3, len(contexts))
+    columns = 2 if len(contexts) == 4 else min(3, len(contexts))
     lines = -(-len(contexts) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(max(6.5, 4.6 * columns), 5.0 * lines), squeeze=False, layout="constrained")
     for place, axis in enumerate(axes.flat):
@@ -84,7 +82,7 @@ def claim3(report, plt):
         return None
     figure, axes = plt.subplots(1, len(ranks), figsize=(5.2 * len(ranks) + 1, 4), squeeze=False, layout="constrained")
     for axis, rank in zip(axes[0], ranks):
-        for turn, lr in enumerate(sorted(plan.MIDDLE)):
+        for turn, lr in enumerate(sorted(plan.GRID_RATES)):
             colour = plt.get_cmap("viridis")(0.15 + 0.32 * turn)
             rows = [row for row in report.find("claim3", rank=rank) if row and row.lr == lr]
             points = sorted((row.settings["period"], row.mean("test_loss")) for row in rows if row.settings["method"] == "plora")
@@ -94,19 +92,17 @@ def claim3(report, plt):
             if lora:
                 axis.axhline(lora[0], color=colour, linestyle="--", linewidth=1, label=f"LoRA, rate {rate(lr)}")
         axis.set(xscale="log", xlabel="period, steps per stage", ylabel="test loss, nats per character",
-                 title=f"R = {rank}, 2,000 steps, one seed")  # fmt: skip
-        axis.set_xticks([50, 100, 200, 400, 1000], ["50", "100", "200", "400", "1000"])
+                 title=f"R = {rank}, {plan.GRID_STEPS:,} steps, one seed")  # fmt: skip
+        axis.set_xticks(plan.PERIODS, list(map(str, plan.PERIODS)))
         axis.minorticks_off()
         axis.legend(fontsize=8)
     return figure, "Test loss by period, rank and rate"
 
 
 def claim4(report, plt):
-    known = {"model": "llama", "task": "gsm", "steps": 4000, "rank": 1}
-    rows = [report.one("claim2", method=method, **known) for method in ("lora", "plora", "momentum")]
-    lora, rows = rows[0], [row for row in rows + report.find("claim4", steps=4000) if row]
-    others = [row for row in rows if row is not lora and row.ability(lora)]
-    if not lora or not others:
+    rows, lora = report.forms(4000)
+    others = [row for row in rows if row and row is not lora and row.ability(lora)]
+    if not others:
         return None
     others.sort(key=lambda row: statistics.mean(row.ability(lora)))
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.38 * len(others)), layout="constrained")
@@ -149,7 +145,7 @@ def claim6(report, plt):
     axis.axvline(1.0, color="#222222", linestyle="--", linewidth=1)
     names = [f"{name_of(row.settings)}: {row.settings['rounding']}" for row in rows]
     axis.set_yticks(range(len(rows)), names, fontsize=8.5)
-    axis.set(xlabel="captured fraction of the wanted update (1 = all)", title="bf16 weights, 2,000 steps")
+    axis.set(xlabel="captured fraction of the wanted update (1 = all)", title=f"bf16 weights, {rows[0].settings['steps']:,} steps")
     return figure, "How much of the wanted update bf16 weights hold at the end"
 
 

@@ -7,19 +7,12 @@ Whatever a sentence claims is computed here from the records; what has not run s
 import os
 import statistics
 
+import conclusions
 import plan
 import plots
 from results import Row, name_of, number, rate, spread, table
 
 NOT_YET = "*not run yet*"
-CONTEXTS = [
-    ("LLaMA-like, word problems", {"model": "llama", "task": "gsm", "steps": 4000}),
-    ("GPT-2-like, word problems", {"model": "gpt2", "task": "gsm", "steps": 4000}),
-    ("OPT-like, word problems", {"model": "opt", "task": "gsm", "steps": 4000}),
-    ("LLaMA-like, programs", {"model": "llama", "task": "code", "steps": 4000}),
-    ("SmolLM2-135M, word problems", {"kind": "smollm"}),
-]  # fmt: skip
-
 
 class Report:
     def __init__(self, done):
@@ -70,7 +63,7 @@ class Report:
 
     def claim2(self):
         text = ""
-        for title, wanted in CONTEXTS:
+        for title, wanted in plan.CONTEXTS:
             rows, lora, full = self.context(wanted)
             done = [row for row in rows if row]
             if not done:
@@ -110,58 +103,47 @@ class Report:
     # ------------------------------------------------------------------------------------------------------- claim 3
 
     def claim3(self):
-        text, best_words = "", []
+        text = ""
         for rank in (1, 4):
             rows = self.find("claim3", rank=rank)
-            loras = [row for row in rows if row.settings["method"] == "lora"]
-            rates = sorted(row.item["lr"][0] for row in loras)
-            lora = min((row for row in loras if row), key=lambda row: row.mean("tune_loss"), default=None)
-            lines, cells = [], []
-            for method, period in [("lora", 0)] + [("plora", p) for p in (50, 100, 200, 400, 1000)]:
-                line = ["LoRA" if method == "lora" else f"period {period}"]
-                for lr in rates:
-                    row = next(r for r in rows if r.settings["method"] == method and r.settings["period"] == period
-                               and r.item["lr"] == [lr])  # fmt: skip
-                    if row.grid and not row:
-                        line.append("diverged")
-                    elif not row:
-                        line.append("-")
-                    else:
-                        ability = row.ability(lora)
-                        line.append(f"{row.mean('test_loss'):.3f}" + (f" ({ability[0]:.2f})" if ability else ""))
-                        if method == "plora" and ability:
-                            cells.append((ability[0], period, lr))
-                lines.append(line)
             if not any(row.grid for row in rows):
                 text += f"### R = {rank}\n\n{NOT_YET}\n\n"
                 continue
-            text += f"### R = {rank}\n\n{table(['test loss', *[f'rate {rate(lr)}' for lr in rates]], lines)}\n"
-            if cells and all(row.grid for row in rows):
-                top = max(cells)
-                gains = sorted({period for ability, period, _ in cells if ability > 1.02})
-                best_words.append(f"R = {rank}: best at period {top[1]} and rate {rate(top[2])}, {top[0]:.2f} times LoRA's loss "
-                                  f"decrease; periods with a gain above 2 % at some rate: "
-                                  f"{', '.join(map(str, gains)) or 'none'}.")  # fmt: skip
-        return text + "In brackets: loss decrease over that of LoRA at its best rate. 2,000 steps, one seed.\n" + "".join(
-            f"\n{words}\n" for words in best_words)  # fmt: skip
+            cells, lora = conclusions.grid_of(self, rank)
+            lines = []
+            for period in (0, *plan.PERIODS):
+                line = [f"PLoRA, period {period}" if period else "LoRA"]
+                for lr in plan.GRID_RATES:
+                    row = next(row for row in rows if row.settings["period"] == period and row.item["lr"] == [lr])
+                    ability = row.ability(lora) if lora else []
+                    line.append("diverged" if row.grid and not row else "-" if not row else f"{row.mean('test_loss'):.3f}"
+                                + (f" ({ability[0]:.2f})" if ability else ""))  # fmt: skip
+                lines.append(line)
+            text += f"### R = {rank}\n\n{table(['test loss', *[f'rate {rate(lr)}' for lr in plan.GRID_RATES]], lines)}\n"
+        return text + f"In brackets: loss decrease over that of LoRA at its best rate. {plan.GRID_STEPS:,} steps, one seed.\n"
 
     # ------------------------------------------------------------------------------------------------------- claim 4
 
+    def forms(self, steps):
+        """(rows of claim 4 in runs of so many steps, LoRA first where it has run; LoRA or None)."""
+        rows = [row for row in self.find("claim4", steps=steps)]
+        if steps == 4000:
+            known = {"kind": "toy", "model": "llama", "task": "gsm", "steps": 4000, "rank": 1}
+            rows = [self.one("claim2", method=method, **known) for method in ("lora", "plora", "momentum")] + rows
+        return rows, next((row for row in rows if row and row.settings["method"] == "lora"), None)
+
     def claim4(self):
         text = ""
-        for steps in (4000, 800):
-            rows = [row for row in self.find("claim4", steps=steps) if row.settings["task"] == "gsm"]
-            if steps == 4000:
-                known = {"model": "llama", "task": "gsm", "steps": 4000, "rank": 1}
-                rows = [self.one("claim2", method=method, **known) for method in ("lora", "plora", "momentum")] + rows
-            lora = next((row for row in rows if row and row.settings["method"] == "lora"), None)
-            text += f"### {steps} steps\n\n"
+        for steps in (4000, plan.SHORT):
+            rows, lora = self.forms(steps)
+            text += f"### {steps:,} steps\n\n"
             if not any(rows):
                 text += f"{NOT_YET}\n\n"
                 continue
             lines = [[name_of(row.settings), rate(row.lr), spread(row.values("test_loss")), spread(row.ability(lora), ".2f"),
-                      row.partial()] if row else [name_of(row.settings), "-", "-", "-", NOT_YET] for row in rows]  # fmt: skip
-            text += table(["form", "rate", "test loss", "x LoRA, test", ""], lines) + "\n"
+                      "{} of {}".format(*conclusions.ahead(row, lora)) if lora and row is not lora else "-",
+                      row.partial()] if row else [name_of(row.settings), "-", "-", "-", "-", NOT_YET] for row in rows]  # fmt: skip
+            text += table(["form", "rate", "test loss", "x LoRA, test", "evaluations below LoRA", ""], lines) + "\n"
         return text
 
     # ------------------------------------------------------------------------------------------------------- claim 5
@@ -224,7 +206,7 @@ def write(done, docs):
     drawn = plots.draw(report, directory)
     with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), "study.md.in"), encoding="utf-8") as file:
         text = file.read()
-    text = text.replace("@STATE@", state(done))
+    text = text.replace("@STATE@", state(done)).replace("@SHORT@", conclusions.in_short(report))
     for part in plan.PARTS:
         body = getattr(report, part)()
         for name, caption in drawn.get(part, []):

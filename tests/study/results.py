@@ -10,7 +10,7 @@ class Row:
     """One entry: a method in a setting. Empty while none of its runs is finished; partial() says what is missing."""
 
     def __init__(self, item, done):
-        self.item, self.settings = item, {**plan.train.DEFAULTS, **item["settings"]}
+        self.item, self.settings = item, {**plan.DEFAULTS, **item["settings"]}
         self.grid = [done[key] for key in map(plan.key_of, plan.grid(item)) if key in done]
         self.diverged = [record for record in self.grid if record["tune_loss"] is None]
         whole = [record for record in self.grid if record["tune_loss"] is not None]
@@ -62,7 +62,7 @@ class Row:
             notes.append(f"{len(self.records)} of {seeds} seeds")
         if self.diverged:
             notes.append(f"diverged at rate {', '.join(rate(r['settings']['lr']) for r in self.diverged)}")
-        if self and not self.missing_rates and len(self.item["lr"]) > 1 and self.lr in (min(self.item["lr"]), max(self.item["lr"])):
+        if self and not self.missing_rates and len(self.item["lr"]) > 2 and self.lr in (min(self.item["lr"]), max(self.item["lr"])):
             notes.append("best rate at the edge of its grid")
         return "; ".join(notes)
 

@@ -20,12 +20,8 @@ import models
 import numpy as np
 import torch
 from corpus import Task
+from plan import DEFAULTS
 
-DEFAULTS = {
-    "kind": "toy", "model": "llama", "task": "gsm", "method": "lora", "rank": 1, "lr": 1e-2, "steps": 4000, "seed": 1,
-    "warmup": 20, "period": 0, "momentum": 1.0, "moments": "default", "b_ratio": 1.0, "reinit": "random", "dtype": "fp32",
-    "rounding": "default", "watch": 0,
-}  # fmt: skip
 THIN = 50  # steps whose mean train loss is one point of the curve
 EVALUATIONS = 10
 LAST = 200  # steps whose mean is the final train loss
@@ -50,7 +46,7 @@ class Full:
         model.requires_grad_(False)
         for weight in weights:
             weight.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(weights, settings["lr"], weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(weights, settings["lr"], weight_decay=0.0, fused=True)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: models.cosine(step, settings["steps"], settings["warmup"]))  # fmt: skip
         self.trained = sum(weight.numel() for weight in weights)
