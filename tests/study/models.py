@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The character models of the study: LLaMA, GPT-2 and OPT of about 0.25 M parameters, two blocks each.
+"""The character models of the study, two blocks each: LLaMA, GPT-2 and OPT of about 0.25 M parameters, and a LLaMA of 0.7 M.
 
 They are made by transformers from configurations, with random weights, and trained once on the text "base"; the result is kept
 in build/study. The fine-tuning runs start from it. digest() tells one such base from another: floating point may differ
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from corpus import ALPHABET, WINDOW, Task
 
-MODELS = ("llama", "gpt2", "opt")
+WIDTHS = {"small-llama": 96, "small-gpt2": 96, "small-opt": 96, "llama": 160}
 PRETRAIN = {"steps": 1500, "batch": 8, "lr": 3e-3, "warmup": 50}
 BATCH = 4
 SPECIAL = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None, "use_cache": False}
@@ -25,21 +25,19 @@ def create(name, seed=0):
     import transformers as hf
 
     torch.manual_seed(seed)
-    vocabulary, width = len(ALPHABET), 96
-    if name == "llama":
+    vocabulary, width, kind = len(ALPHABET), WIDTHS[name], name.rpartition("-")[2]
+    if kind == "llama":
         model = hf.LlamaForCausalLM(hf.LlamaConfig(
             vocab_size=vocabulary, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=4, max_position_embeddings=WINDOW, tie_word_embeddings=False, **SPECIAL))  # fmt: skip
-    elif name == "gpt2":
+    elif kind == "gpt2":
         model = hf.GPT2LMHeadModel(hf.GPT2Config(
             vocab_size=vocabulary, n_embd=width, n_layer=2, n_head=4, n_positions=WINDOW, resid_pdrop=0.0, embd_pdrop=0.0,
             attn_pdrop=0.0, **SPECIAL))  # fmt: skip
-    elif name == "opt":
+    else:
         model = hf.OPTForCausalLM(hf.OPTConfig(
             vocab_size=vocabulary, hidden_size=width, ffn_dim=4 * width, num_hidden_layers=2, num_attention_heads=4,
             word_embed_proj_dim=width, max_position_embeddings=WINDOW, dropout=0.0, **SPECIAL))  # fmt: skip
-    else:
-        raise ValueError(f"model {name!r}: must be one of {', '.join(MODELS)}")
     return model.eval()  # no dropout anywhere; gradients do not depend on it
 
 

@@ -12,7 +12,7 @@ what a setting does gives it another name.
 """
 
 DEFAULTS = {
-    "kind": "toy", "model": "llama", "task": "gsm", "method": "lora", "rank": 1, "lr": 1e-2, "steps": 4000, "seed": 1,
+    "kind": "toy", "model": "small-llama", "task": "gsm", "method": "lora", "rank": 1, "lr": 1e-2, "steps": 4000, "seed": 1,
     "warmup": 20, "period": 0, "momentum": 1.0, "moments": "default", "b_ratio": 1.0, "reinit": "random", "dtype": "fp32",
     "rounding": "default", "watch": 0,
 }  # fmt: skip
@@ -32,10 +32,11 @@ SHORT = 800  # steps of the short runs of claim 4
 REAL = {"kind": "smollm", "model": "SmolLM2-135M", "steps": 200, "warmup": 5}
 REAL_PLORA = {**PLORA, "period": 50}
 CONTEXTS = [  # of claim 2
-    ("LLaMA-like, word problems", {"model": "llama", "task": "gsm", "steps": 4000}),
-    ("GPT-2-like, word problems", {"model": "gpt2", "task": "gsm", "steps": 4000}),
-    ("OPT-like, word problems", {"model": "opt", "task": "gsm", "steps": 4000}),
-    ("SmolLM2-135M, word problems", {"kind": "smollm"}),
+    ("LLaMA-like", {"model": "small-llama", "task": "gsm", "steps": 4000}),
+    ("GPT-2-like", {"model": "small-gpt2", "task": "gsm", "steps": 4000}),
+    ("OPT-like", {"model": "small-opt", "task": "gsm", "steps": 4000}),
+    ("LLaMA-like of 0.7 M", {"model": "llama", "task": "gsm", "steps": 4000}),
+    ("SmolLM2-135M", {"kind": "smollm"}),
 ]  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def entries():
     plan.append(entry(0, "claim2", RATES, THREE, 1, **RESTARTS))
     plan.append(entry(0, "claim2 claim5", [1e-3, 2e-3, 5e-4], THREE, 1, **FULL))
     plan += [entry(2, "claim2", RATES[::2], THREE, 3, **{**REAL, **method}) for method in ({}, MOMENTUM, REAL_PLORA)]
-    for model in ("gpt2", "opt"):
+    for model in ("small-gpt2", "small-opt"):
         plan += [entry(4, "claim2", RATES[:2], THREE, model=model, **method) for method in ({}, PLORA, MOMENTUM)]
         plan.append(entry(4, "claim2", [1e-3, 2e-3], model=model, **FULL))
     forms = [
@@ -83,6 +84,9 @@ def entries():
             plan.append(entry(10, "claim3", [lr], rank=rank, steps=GRID_STEPS))
             plan += [entry(10, "claim3", [lr], rank=rank, steps=GRID_STEPS, method="plora", period=period) for period in PERIODS]
     plan.append(entry(11, "claim2", [5e-3], **REAL, rank=8))
+    wider = [1e-2, 3e-2, 3e-3]
+    plan += [entry(12, "claim2", wider, model="llama", **method) for method in ({}, PLORA, MOMENTUM, RESTARTS)]
+    plan.append(entry(12, "claim2", [1e-3, 3e-3], model="llama", **FULL))
     return plan
 
 
@@ -147,4 +151,4 @@ def cost_of(settings):
     """In steps of a small fp32 model."""
     full = {**DEFAULTS, **settings}
     each = 150.0 if full["kind"] == "smollm" else 1.3 if full["dtype"] == "bf16" else 1.0
-    return full["steps"] * each
+    return full["steps"] * each * (1.7 if full["model"] == "llama" else 1.0)

@@ -128,7 +128,7 @@ class Report:
         """(rows of claim 4 in runs of so many steps, LoRA first where it has run; LoRA or None)."""
         rows = [row for row in self.find("claim4", steps=steps)]
         if steps == 4000:
-            known = {"kind": "toy", "model": "llama", "task": "gsm", "steps": 4000, "rank": 1}
+            known = {"kind": "toy", "model": "small-llama", "task": "gsm", "steps": 4000, "rank": 1}
             rows = [self.one("claim2", method=method, **known) for method in ("lora", "plora", "momentum")] + rows
         return rows, next((row for row in rows if row and row.settings["method"] == "lora"), None)
 
