@@ -11,12 +11,8 @@ import shutil
 import subprocess
 
 from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
-
-try:
-    from setuptools.command.bdist_wheel import bdist_wheel
-except ImportError:
-    from wheel.bdist_wheel import bdist_wheel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
@@ -47,8 +43,16 @@ def library():
 
 class BuildWithLibrary(build_py):
     def run(self):
+        built = os.path.realpath(library())
+        if self.editable_mode:  # pip install -e
+            shutil.copyfile(built, os.path.join(HERE, "plora", "libplora.so"))
+            return
+        shutil.rmtree(self.build_lib, ignore_errors=True)  # what an earlier version had is no part of this one
         super().run()
-        shutil.copyfile(os.path.realpath(library()), os.path.join(self.build_lib, "plora", "libplora.so"))
+        packed = os.path.join(self.build_lib, "plora", "libplora.so")
+        shutil.copyfile(built, packed)
+        if shutil.which("strip"):
+            subprocess.run(["strip", "--strip-unneeded", packed], check=True)
 
 
 class PlatformWheel(bdist_wheel):

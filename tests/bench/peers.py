@@ -53,6 +53,10 @@ class Training:
             adapters = plora.torch.attach(model, args.rank, 2 * args.rank)
             self.parameters = adapters.parameters.numel()
             self.optimizer = plora.torch.AdamW(adapters, lr=1e-4)
+            if args.loss == "plora":
+                import plora.transformers
+
+                model.loss_function = plora.transformers.causal_lm_loss
         elif self.frozen:
             model.requires_grad_(False)
             model.enable_input_require_grads()
@@ -254,6 +258,7 @@ def main():
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--adapters", choices=["fp32", "bf16", "none"], default="fp32")
     parser.add_argument("--layers", choices=["peft", "plora"], default="peft", help="whose adapters")
+    parser.add_argument("--loss", choices=["transformers", "plora"], default="transformers", help="whose cross-entropy")
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)

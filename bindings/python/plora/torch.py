@@ -14,6 +14,7 @@ the like see it, and the model's state_dict() carries the adapters' state beside
 import contextlib
 import ctypes
 import fnmatch
+import functools
 import hashlib
 import os
 import tempfile
@@ -463,8 +464,23 @@ def _foreign_scale(optimizer: Any, parameter: nn.Parameter, momentum: float, mom
 
 
 def _library_is_faster(dtype: torch.dtype) -> bool:
-    """Whose x W^T is faster on the CPU: without bf16 instructions torch's bf16 product is far slower than ours, else equal."""
-    return dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Whose x W^T is faster on the CPU. A rule, not a measurement: runs and ranks must agree on it to the bit.
+
+    bf16    without bf16 instructions torch's product is far slower than ours, else equal
+    fp32    torch multiplies by MKL, which on AMD's processors is slower than oneDNN (Zen 3: a step of two layers takes 1.07 times as long)
+    """
+    if dtype == torch.bfloat16:
+        return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return dtype == torch.float32 and torch.backends.mkl.is_available() and _is_amd()
+
+
+@functools.lru_cache(maxsize=None)
+def _is_amd() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            return "AuthenticAMD" in file.read(1 << 14)
+    except OSError:
+        return False
 
 
 def _keep_out_of_compile() -> None:
