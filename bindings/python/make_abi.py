@@ -131,7 +131,7 @@ def generate():
         if name in defaults:
             kinds = dict(fields)
             values = {k: v if kinds[k] == "c_double" else int(v) for k, v in defaults[name].items()}
-            lines += ["    _defaults_ = {" + ", ".join(f'"{k}": {v!r}' for k, v in values.items()) + "}"]
+            lines += ["    _defaults_: dict = {" + ", ".join(f'"{k}": {v!r}' for k, v in values.items()) + "}"]
         lines += [""]
     lines += ["\n# name: (result, arguments)\nFUNCTIONS = {"]
     for name, prototype in abi.prototypes(text).items():

@@ -716,6 +716,21 @@ def measure_torch_training(bench, dtype, target, report):
         ours={"MB": memory["plora"] / 1e6},
         other={"MB": memory["peft"] / 1e6},
     )
+    for part, options in (
+        ("no adapters", ("--adapters", "none")),
+        ("causal_lm_loss", ("--adapters", "fp32", "--layers", "plora", "--loss", "plora")),
+    ):
+        with Peer(bench.peers, "train", *shape, *options, build=bench.build) as peer:
+            peak = peer.ask("train", steps=2)["peak_rss_bytes"]
+        report.add(
+            "torch_rss_vs_peft",
+            "peak memory of the process with our layers over that with PEFT's",
+            peak / memory["peft"],
+            part=f"{dtype}, {part}",
+            most=True,
+            ours={"MB": peak / 1e6},
+            other={"MB": memory["peft"] / 1e6},
+        )
 
 
 def measure_torch_merge(bench, report):

@@ -94,7 +94,7 @@ class plora_context_options(Structure):
         ("device_free", CFUNCTYPE(None, c_void_p, c_size_t, c_void_p)),
         ("device_user", c_void_p),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_memory_statistics(Structure):
@@ -108,7 +108,7 @@ class plora_memory_statistics(Structure):
         ("device_peak_bytes", c_size_t),
         ("device_allocations", c_int64),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_linear(Structure):
@@ -120,7 +120,7 @@ class plora_linear(Structure):
         ("bias_dtype", c_int32),
         ("flags", c_int32),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_quantised(Structure):
@@ -135,7 +135,7 @@ class plora_quantised(Structure):
         ("format", c_int32),
         ("offset", c_float),
     ]
-    _defaults_ = {"format": 1}
+    _defaults_: dict = {"format": 1}
 
 
 class plora_quantised_linear(Structure):
@@ -151,7 +151,7 @@ class plora_quantised_linear(Structure):
         ("values", plora_matrix),
         ("directory", c_char_p),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_adapters_override(Structure):
@@ -181,7 +181,7 @@ class plora_adapters_options(Structure):
         ("heads", c_int32),
         ("kv_heads", c_int32),
     ]
-    _defaults_ = {"rank": 8, "alpha": 16.0}
+    _defaults_: dict = {"rank": 8, "alpha": 16.0}
 
 
 class plora_adapter(Structure):
@@ -193,7 +193,7 @@ class plora_adapter(Structure):
         ("b_gradient", plora_matrix),
         ("scale", c_double),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_optimizer_options(Structure):
@@ -213,7 +213,7 @@ class plora_optimizer_options(Structure):
         ("period_steps", c_int64),
         ("rewarmup_steps", c_int64),
     ]
-    _defaults_ = {"learning_rate": 0.0002, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-08, "b_ratio": 1.0}
+    _defaults_: dict = {"learning_rate": 0.0002, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-08, "b_ratio": 1.0}
 
 
 class plora_step_report(Structure):
@@ -223,7 +223,7 @@ class plora_step_report(Structure):
         ("learning_rate", c_double),
         ("step", c_int64),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_unload_options(Structure):
@@ -235,7 +235,7 @@ class plora_unload_options(Structure):
         ("without_master", c_int32),
         ("reserved", c_int32),
     ]
-    _defaults_ = {"momentum": 1.0, "rounding": -1}
+    _defaults_: dict = {"momentum": 1.0, "rounding": -1}
 
 
 class plora_unload_layer(Structure):
@@ -273,7 +273,7 @@ class plora_unload_report(Structure):
         ("quantised_rms", c_double),
         ("quantised_max", c_double),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_ledger_options(Structure):
@@ -284,7 +284,7 @@ class plora_ledger_options(Structure):
         ("sync", c_int32),
         ("hash_weights", c_int32),
     ]
-    _defaults_ = {"sync": 1}
+    _defaults_: dict = {"sync": 1}
 
 
 class plora_ledger_record_info(Structure):
@@ -304,7 +304,7 @@ class plora_ledger_record_info(Structure):
         ("folded", c_int64),
         ("fold_error", c_double),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_export_options(Structure):
@@ -318,7 +318,7 @@ class plora_export_options(Structure):
         ("heads", c_int32),
         ("kv_heads", c_int32),
     ]
-    _defaults_ = {"live": 1, "records": -1}
+    _defaults_: dict = {"live": 1, "records": -1}
 
 
 class plora_export_layer(Structure):
@@ -344,7 +344,7 @@ class plora_export_report(Structure):
         ("layers", POINTER(plora_export_layer)),
         ("layer_capacity", c_int64),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_registry_options(Structure):
@@ -353,7 +353,7 @@ class plora_registry_options(Structure):
         ("memory_budget", c_size_t),
         ("spill_directory", c_char_p),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_registry_layer(Structure):
@@ -379,7 +379,7 @@ class plora_snapshot_info(Structure):
         ("pinned", c_int32),
         ("merged", c_int32),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_registry_statistics(Structure):
@@ -399,7 +399,7 @@ class plora_registry_statistics(Structure):
         ("evicted", c_int64),
         ("restored", c_int64),
     ]
-    _defaults_ = {}
+    _defaults_: dict = {}
 
 
 class plora_batch_options(Structure):
@@ -409,7 +409,7 @@ class plora_batch_options(Structure):
         ("max_adapters", c_int32),
         ("max_rank", c_int32),
     ]
-    _defaults_ = {"max_tokens": 1024, "max_adapters": 64, "max_rank": 64}
+    _defaults_: dict = {"max_tokens": 1024, "max_adapters": 64, "max_rank": 64}
 
 
 # name: (result, arguments)

@@ -102,9 +102,9 @@ class _Object:
         raise TypeError(f"{type(self).__name__} cannot be pickled or copied: it owns memory of libplora. Save it instead")
 
     def __deepcopy__(self, _: Any) -> Any:
-        return self.__reduce_ex__(None)
+        return self.__reduce_ex__(0)
 
-    __copy__ = __reduce__ = lambda self: self.__reduce_ex__(None)
+    __copy__ = __reduce__ = lambda self: self.__reduce_ex__(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ context
@@ -129,7 +129,7 @@ class Context(_Object):
         device_allocate: Any = None,
         device_free: Any = None,
     ) -> None:
-        kinds = dict(_abi.plora_context_options._fields_)
+        kinds: Dict[str, Any] = {name: kind for name, kind, *_ in _abi.plora_context_options._fields_}
         options = struct(
             "context_options",
             backend=choice("backend", backend, {"cpu": _abi.PLORA_BACKEND_CPU, "cuda": _abi.PLORA_BACKEND_CUDA}),
@@ -440,7 +440,8 @@ class Adapters(_Object):
         """The adapter of a layer as numpy views; NotFound where it has none."""
         adapter = self.matrices(layer)
         parts = (adapter.a, adapter.b, adapter.a_gradient, adapter.b_gradient)
-        return Adapter(*(view(part, self._owner) for part in parts), adapter.scale)
+        a, b, a_gradient, b_gradient = (view(part, self._owner) for part in parts)
+        return Adapter(a, b, a_gradient, b_gradient, adapter.scale)
 
     def layers(self) -> Iterator[int]:
         """The layers that have an adapter. A tied weight's layers all do, the same one."""
@@ -622,7 +623,7 @@ class Optimizer(_Object):
         """One update from the gradients times gradient_scale. NonFinite: nothing changed, not counted."""
         result = struct("step_report") if report else None
         check(lib.plora_optimizer_step(self.held, gradient_scale, result and byref(result), stream))
-        return StepReport(**known(StepReport, fields(result))) if report else None
+        return StepReport(**known(StepReport, fields(result))) if result is not None else None
 
     def zero_gradients(self, stream: Optional[int] = None) -> None:
         check(lib.plora_optimizer_zero_gradients(self.held, stream))

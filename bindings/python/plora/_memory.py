@@ -63,7 +63,8 @@ def _dense(shape: Tuple[int, ...]) -> Tuple[int, ...]:
 
 
 def _from_dlpack(array: Any) -> Memory:
-    device = tuple(int(value) for value in array.__dlpack_device__())
+    kind_of, ordinal = array.__dlpack_device__()
+    device = (int(kind_of), int(ordinal))
     if device[0] in (CUDA, CUDA_MANAGED):
         capsule = array.__dlpack__(stream=1)  # the legacy default stream; other streams are the caller's to order
     else:

@@ -178,14 +178,14 @@ def path_bytes(path: Any) -> bytes:
     return os.fsencode(os.fspath(path))
 
 
-def arena(function: Any, handle: int) -> "tuple[int, int]":
+def arena(function: Any, handle: Any) -> "tuple[int, int]":
     """(address, number of floats) of plora_adapters_parameters() or _gradients()."""
     data, count = ctypes.POINTER(ctypes.c_float)(), ctypes.c_int64()
     check(function(handle, byref(data), byref(count)))
     return ctypes.cast(data, c_void_p).value or 0, count.value
 
 
-def memory(context: Optional[int]) -> Any:
+def memory(context: Any) -> Any:
     """plora_memory_statistics of a context."""
     statistics = struct("memory_statistics")
     check(lib.plora_memory_stats(context, byref(statistics)))

@@ -34,7 +34,7 @@ class SnapshotInfo(NamedTuple):
     merged: bool
 
     @classmethod
-    def of(cls, info: Any, name: bytes) -> "SnapshotInfo":
+    def of(cls, info: Any, name: Any) -> "SnapshotInfo":
         values = known(cls, fields(info, "name"))
         values.update(name=name.decode(errors="replace"), pinned=bool(info.pinned), merged=bool(info.merged))
         return cls(**values)

@@ -72,7 +72,8 @@ class Layer:
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The whole of a quantised weight: for what runs without adapters; products with them dequantise panels."""
         out = torch.empty(self.outputs, self.inputs, dtype=dtype if dtype in ACTIVATIONS else torch.float32, device=self.adapters.device)
-        described, adapters = self.quantised.described.described, self.adapters
+        weight: Any = self.quantised
+        described, adapters = weight.described.described, self.adapters
         check(lib.plora_dequantise(adapters.core.model.context.held, byref(described), byref(matrix(out)), adapters.stream()))
         return out
 
@@ -110,8 +111,8 @@ class Layer:
         x_rows, dy_rows = rows_of(x), rows_of(dy)
         if x.dtype not in ACTIVATIONS or dy_rows.dtype not in ACTIVATIONS:  # fp16
             if self.quantised is not None:
-                dx = self.backward(module, x.float(), dy.float(), want_dx, mask)
-                return dx if dx is None else dx.to(x.dtype)
+                wide = self.backward(module, x.float(), dy.float(), want_dx, mask)
+                return None if wide is None else wide.to(x.dtype)
             part = torch.zeros_like(x_rows, dtype=torch.float32, memory_format=torch.contiguous_format) if want_dx else None
             self.call_backward(rows_of(x_rows.float()), rows_of(dy_rows.float()), part, DELTA, mask)
             return (self.base_backward(module, dy_rows) + part).view(x.shape).to(x.dtype) if want_dx else None
@@ -122,7 +123,7 @@ class Layer:
             else:
                 dx = self.base_backward(module, dy_rows)
         self.call_backward(x_rows, dy_rows, dx, 0 if self.library else DELTA, mask)
-        return dx.view(x.shape).to(x.dtype) if want_dx else None
+        return None if dx is None else dx.view(x.shape).to(x.dtype)
 
     def call_forward(self, x: torch.Tensor, y: torch.Tensor, flags: int, mask: Optional[Tuple[int, int]]) -> None:
         adapters = self.adapters

@@ -54,7 +54,7 @@ def memory_swapped(module: nn.Module) -> Optional[bool]:
 def _problem(module: nn.Module) -> str:
     kind = type(module)
     package = kind.__module__.split(".")[0]
-    weight = getattr(module, "weight", None)
+    weight: Any = getattr(module, "weight", None)
     if _torch_quantised.is_quantised(module) and not weight.is_meta:
         return _torch_quantised.problem(module)
     if package in QUANTISERS:
@@ -70,7 +70,7 @@ def _problem(module: nn.Module) -> str:
         return f"has a weight of {weight.dtype}{quantised}: must be float32, bfloat16 or float16"
     if weight.is_meta:
         return "has no weight in memory (meta device)"
-    base = nn.Linear if isinstance(module, nn.Linear) else next(k for k in kind.__mro__ if k.__name__ == "Conv1D")
+    base: Any = nn.Linear if isinstance(module, nn.Linear) else next(k for k in kind.__mro__ if k.__name__ == "Conv1D")
     if kind.forward is not base.forward or "forward" in module.__dict__:
         return f"is a {kind.__module__}.{kind.__name__}, whose forward() is its own"
     if type(weight) not in (nn.Parameter, torch.Tensor):  # DTensor among them

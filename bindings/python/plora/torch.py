@@ -49,7 +49,7 @@ class _DeviceMemory:
 def _tensor(address: int, count: int, device: torch.device, owner: Any) -> torch.Tensor:
     if device.type == "cuda":
         return torch.as_tensor(_DeviceMemory(address, count, owner), device=device)
-    memory = (ctypes.c_float * count).from_address(address)
+    memory: Any = (ctypes.c_float * count).from_address(address)
     memory.owner = owner
     return torch.frombuffer(memory, dtype=torch.float32)
 
