@@ -162,6 +162,13 @@ static __device__ __forceinline__ uint32_t keep_bits(const struct linear_dropout
     return bits >> lead;
 }
 
+/* The number of x[token, column] among the elements that the mask is drawn for. */
+static __device__ __forceinline__ uint64_t dropout_element(const struct linear_dropout &dropout, int64_t token,
+                                                           int64_t column)
+{
+    return dropout.first_element + (uint64_t)token * dropout.row_elements + (uint64_t)column;
+}
+
 static __device__ __forceinline__ void drop_four(float4 &four, uint32_t keep, float scale)
 {
     four.x *= keep & 1 ? scale : 0.0f;
@@ -256,8 +263,7 @@ static __device__ __forceinline__ void tile_drop(struct bf16_tile *tile, const s
         const int own = (int)threadIdx.x + i * LINEAR_TILE_THREADS;
         const int64_t token = row + own / 8, from = column + own % 8 * 8;
         if (token >= rows || from >= columns) continue;
-        const uint64_t element = (dropout.first_token + (uint64_t)token) * (uint64_t)columns + (uint64_t)from;
-        const uint32_t keep = keep_bits(dropout, element, 8);
+        const uint32_t keep = keep_bits(dropout, dropout_element(dropout, token, from), 8);
         uint4 *place = &tile->chunks[chunk_place(own / 8, own % 8)];
         const uint4 chunk = *place;
         uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};

@@ -230,7 +230,8 @@ static struct linear_dropout dropout_params(const struct plora__linear_args *arg
     const struct plora__dropout *dropout = &args->dropout;
     return (struct linear_dropout){.seed = dropout->seed,
                                    .step = dropout->step,
-                                   .first_token = dropout->first_token,
+                                   .first_element = plora__dropout_element(dropout, 0, 0),
+                                   .row_elements = (uint64_t)dropout->row_elements,
                                    .threshold = plora__dropout_threshold(dropout->probability),
                                    .scale = (float)(1.0 / (1.0 - dropout->probability)),
                                    .layer = dropout->layer};
@@ -445,7 +446,6 @@ static plora_status expand(struct cuda_device *device, const struct side *side, 
                                    .tokens = args->tokens,
                                    .columns = columns,
                                    .first_column = first,
-                                   .all_columns = out->columns,
                                    .dtype = out->dtype,
                                    .keep_out = keep_out,
                                    .bias_dtype = args->bias_dtype};

@@ -23,9 +23,7 @@ static __device__ __forceinline__ struct expand_place expand_locate(const struct
 static __device__ __forceinline__ uint32_t expand_keep_bits(const struct expand_params &p, int64_t token,
                                                             int64_t column, int count)
 {
-    const uint64_t element =
-        (p.dropout.first_token + (uint64_t)token) * (uint64_t)p.all_columns + (uint64_t)(p.first_column + column);
-    return keep_bits(p.dropout, element, count);
+    return keep_bits(p.dropout, dropout_element(p.dropout, token, p.first_column + column), count);
 }
 
 /* ---------------------------------------------------------------------------------------------------------------- fp32 */

@@ -70,10 +70,8 @@ static __device__ __forceinline__ void gradient_load(struct gradient_registers &
         const int64_t token = first_token + threadIdx.x / GRADIENT_FOURS + i * LINEAR_FMA_THREADS / GRADIENT_FOURS;
         const int64_t valid = token < place.end ? job.columns - from : 0;
         next.in[i] = load_four(job.in, token * job.stride + from, job.dtype, job.aligned, valid);
-        if (job.drop && valid > 0) {
-            const uint64_t element = (p.dropout.first_token + (uint64_t)token) * (uint64_t)job.columns + (uint64_t)from;
-            drop_four(next.in[i], keep_bits(p.dropout, element, 4), p.dropout.scale);
-        }
+        if (job.drop && valid > 0)
+            drop_four(next.in[i], keep_bits(p.dropout, dropout_element(p.dropout, token, from), 4), p.dropout.scale);
         next.low[i] = load_four(job.low, token * p.padded_rank + rank, PLORA_F32, 1,
                                 token < place.end && rank < p.padded_rank ? 4 : 0);
     }

@@ -26,8 +26,9 @@
     X(INIT_GAUSSIAN, init, init_gaussian_kernel)
 
 struct init_params {
-    float *out; /* [count], 16-byte aligned */
-    int64_t count;
+    float *out; /* [., columns]; a row for each blockIdx.y */
+    int64_t columns;
+    int64_t first_element, row_elements; /* as in plora__init_args */
     uint64_t seed, stage;
     float scale;
     int32_t layer;
@@ -213,9 +214,10 @@ enum {
 };
 
 struct linear_dropout {
-    uint64_t seed, step, first_token;
-    uint32_t threshold; /* plora__dropout_threshold() */
-    float scale;        /* 1 / (1 - probability) */
+    uint64_t seed, step;
+    uint64_t first_element, row_elements; /* x[t,k] is element first_element + t * row_elements + k */
+    uint32_t threshold;                   /* plora__dropout_threshold() */
+    float scale;                          /* 1 / (1 - probability) */
     int32_t layer;
     int32_t active;
 };
@@ -296,7 +298,7 @@ struct expand_params {
     const void *low;    /* [T, padded_rank] */
     const void *factor; /* packed, from the first column on */
     int64_t stride, sum_stride, factor_stride, tokens, columns;
-    int64_t first_column, all_columns; /* of the elements whose dropout is drawn */
+    int64_t first_column; /* of the elements whose dropout is drawn */
     int32_t dtype, aligned, keep_out, bias_dtype;
     int32_t padded_rank; /* 0 = no low-rank part */
     int32_t drop;

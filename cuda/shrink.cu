@@ -59,10 +59,8 @@ static __device__ __forceinline__ void shrink_load(struct shrink_registers &next
     const int64_t from = column + threadIdx.x % SHRINK_FOURS * 4, token = place.token + row, rank = place.rank + row;
     const int64_t valid = token < p.tokens ? job.columns - from : 0;
     next.in = load_four(job.in, token * job.stride + from, job.dtype, job.aligned, valid);
-    if (job.drop && valid > 0) {
-        const uint64_t element = (p.dropout.first_token + (uint64_t)token) * (uint64_t)job.columns + (uint64_t)from;
-        drop_four(next.in, keep_bits(p.dropout, element, 4), p.dropout.scale);
-    }
+    if (job.drop && valid > 0)
+        drop_four(next.in, keep_bits(p.dropout, dropout_element(p.dropout, token, from), 4), p.dropout.scale);
     next.factor = load_four(job.factor, rank * job.factor_stride + from, PLORA_F32, 1, rank < p.padded_rank ? 4 : 0);
 }
 

@@ -178,8 +178,31 @@ typedef struct plora_model plora_model;
 
 enum {
     PLORA_LAYER_FAN_IN_FAN_OUT = 1, /* the weight is stored [K,N] (GPT-2's Conv1D) */
-    PLORA_LAYER_HEAD = 2            /* embedding or output head: not part of "all-linear" */
+    PLORA_LAYER_HEAD = 2,           /* embedding or output head: not part of "all-linear" */
+    PLORA_LAYER_GATHERED = 4        /* of a shard: the host's products see the whole weight, see plora_shard */
 };
+
+/* The place of a weight in a larger one, of which this process holds but a part: rows first_row .. and columns first_column .. of
+ * W[rows, columns], always in terms of W[N,K], whatever FAN_IN_FAN_OUT says of the memory. All 0: the weight is whole. Random numbers
+ * are keyed by the element's place in the whole, so that any cut draws the bits of no cut: init (with the bound 1 / sqrt(K) of the
+ * whole), dropout, stochastic rounding. Ranks of a group need the same seed and the same layers in the same order.
+ *
+ * Tensor parallelism. The layer is that of the shard: x, y, A and B have its K and N, A is columns first_column .. of the whole A[R,K],
+ * B is rows first_row .. of the whole B[N,R]. An unload needs no other shard. What the host sums over the ranks that share a weight:
+ *     rows of W       dx, as without adapters; and dA: A is the same on all ranks
+ *     columns of W    y, as without adapters (the bias on one rank only); and dB: B is the same on all ranks
+ * Other gradients are complete where they are. A norm over all of them is the host's to form: max_gradient_norm = 0, and the clip in
+ * gradient_scale, on all ranks alike.
+ *
+ * GATHERED: fully sharded data parallelism (FSDP). The host gathers W for its own x W^T, as it does without adapters. The adapter is that
+ * of the whole weight, the same on all ranks, as are its gradients once the host has averaged them; linear calls take the whole K and
+ * N, always with DELTA_ONLY; there is no bias. Only plora_unload() sees the shard: it adds to it its part of s B A. */
+typedef struct plora_shard {
+    int64_t first_row;
+    int64_t first_column;
+    int64_t rows; /* of the whole W, as are the columns */
+    int64_t columns;
+} plora_shard;
 
 /* A linear layer y = x W^T + bias in the host's memory. */
 typedef struct plora_linear {
@@ -188,12 +211,16 @@ typedef struct plora_linear {
     plora_matrix weight; /* [N,K], or [K,N] with FAN_IN_FAN_OUT; not copied, written by plora_unload() */
     const void *bias;    /* [N] or NULL; not copied */
     int32_t bias_dtype;
-    int32_t flags; /* PLORA_LAYER_... */
+    int32_t flags;     /* PLORA_LAYER_... */
+    plora_shard shard; /* all 0: the weight is whole */
 } plora_linear;
 
 #define PLORA_LINEAR_INIT                                                                                              \
     {                                                                                                                  \
-        sizeof(plora_linear), NULL, {NULL, 0, 0, 0, 0, 0}, NULL, 0, 0                                                  \
+        sizeof(plora_linear), NULL, {NULL, 0, 0, 0, 0, 0}, NULL, 0, 0,                                                 \
+        {                                                                                                              \
+            0, 0, 0, 0                                                                                                 \
+        }                                                                                                              \
     }
 
 PLORA_API plora_status plora_model_create(plora_context *context, plora_model **model);
@@ -209,7 +236,8 @@ PLORA_API void plora_model_destroy(plora_model *model);
 
 /* Adds a layer; *layer (may be NULL) becomes its index. The weight must outlive the model. Layers whose weights are the very
  * same matrix are tied: they share one adapter and are merged once. Weights that overlap in part are refused.
- * Errors: INVALID_ARGUMENT (name empty or taken, dtype, overlap, adapters exist already), SHAPE, OUT_OF_MEMORY. @since 0.1 */
+ * Errors: INVALID_ARGUMENT (name empty or taken, dtype, overlap, adapters exist already), SHAPE (the weight; a shard that exceeds its
+ * whole), OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_model_add_linear(plora_model *model, const plora_linear *linear, int32_t *layer);
 
 PLORA_API int32_t plora_model_layer_count(const plora_model *model);
@@ -218,8 +246,8 @@ PLORA_API int32_t plora_model_layer_count(const plora_model *model);
 PLORA_API plora_status plora_model_find_layer(const plora_model *model, const char *name, int32_t *layer);
 
 /* Describes a layer; the pointers in it belong to the model. The weight of an opened model may be written by the host. That of a
- * quantised layer has a shape and no data: plora_model_quantised() describes it.
- * @since 0.1 */
+ * quantised layer has a shape and no data: plora_model_quantised() describes it. The shard of a weight that is all of its whole is
+ * all 0. @since 0.1 */
 PLORA_API plora_status plora_model_layer(const plora_model *model, int32_t layer, plora_linear *linear);
 
 /* ---------------------------------------------------------------------------------------------------- quantised weights */
@@ -305,12 +333,17 @@ typedef struct plora_quantised_linear {
     plora_matrix
         values; /* MEMORY and FILE: F32, BF16 or F16, in host or device memory, read once; data NULL = what the codes hold */
     const char *directory; /* FILE */
+    plora_shard
+        shard; /* as in plora_linear; not GATHERED. Codes are made of the shard alone: its own blocks and groups */
 } plora_quantised_linear;
 
 #define PLORA_QUANTISED_LINEAR_INIT                                                                                    \
     {                                                                                                                  \
         sizeof(plora_quantised_linear), NULL, PLORA_QUANTISED_INIT, NULL, 0, 0, PLORA_MASTER_NONE, 0,                  \
-            {NULL, 0, 0, 0, 0, 0}, NULL                                                                                \
+            {NULL, 0, 0, 0, 0, 0}, NULL,                                                                               \
+        {                                                                                                              \
+            0, 0, 0, 0                                                                                                 \
+        }                                                                                                              \
     }
 
 /* Adds a layer as plora_model_add_linear() does. W[N,K], or [K,N] with FAN_IN_FAN_OUT, is dequantised in panels wherever it is multiplied,
@@ -336,7 +369,8 @@ PLORA_API plora_status plora_model_find_tensor(const plora_model *model, const c
 PLORA_API plora_status plora_model_clear_residuals(plora_model *model, void *stream);
 
 /* Writes all tensors of an opened model with their present values, in their original dtype, order and metadata, as one
- * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers, of quantised ones the master.
+ * safetensors file. A host-built model writes "<name>.weight" and "<name>.bias" of its layers, of quantised ones the master, of shards
+ * the shard.
  * Atomic: a temporary file beside `path`, fsync, rename; on an error `path` is as it was. Residuals are not in it: they are in
  * checkpoints.
  * Errors: IO, OUT_OF_MEMORY, UNSUPPORTED (a quantised layer without a master). @since 0.1 */
@@ -399,7 +433,7 @@ typedef struct plora_adapters_options {
 /* Creates the adapters of stage 0 and initialises them: A is drawn from Philox4x32-10 keyed by (seed, stage, layer, element),
  * the same bits on every rank, backend and sharding; B is 0, so the function of the model is unchanged.
  * Several sets may exist on one model; each adds to the products of the calls it is named in.
- * Errors: INVALID_ARGUMENT (rank < 1 or > min(K, N) of a target, dropout outside [0, 1), alpha not finite),
+ * Errors: INVALID_ARGUMENT (rank < 1 or > min(K, N) of a target, of a shard those of its whole; dropout outside [0, 1); alpha not finite),
  * NOT_FOUND (a pattern that matches no layer), OUT_OF_MEMORY. @since 0.1 */
 PLORA_API plora_status plora_adapters_create(plora_model *model, const plora_adapters_options *options,
                                              plora_adapters **adapters);
@@ -443,7 +477,8 @@ PLORA_API plora_status plora_adapters_workspace_size(const plora_adapters *adapt
 PLORA_API plora_status plora_adapters_set_workspace(plora_adapters *adapters, void *workspace, size_t bytes);
 
 /* Saves the live adapter as a PEFT directory: adapter_model.safetensors and adapter_config.json, each written atomically.
- * The directory is created if it is missing. Stages already unloaded are in the backbone, not in this file. @since 0.1 */
+ * The directory is created if it is missing. Stages already unloaded are in the backbone, not in this file. Of a shard it has the factors
+ * that this process holds (plora_shard): all of them where it is GATHERED. @since 0.1 */
 PLORA_API plora_status plora_adapters_save(const plora_adapters *adapters, const char *directory);
 
 /* Creates adapters from a PEFT directory, or from a GGUF file of llama.cpp's for a model of the LLaMA family: rank from the tensor
@@ -464,7 +499,7 @@ enum {
 };
 
 /* y = x W^T + bias + s dropout(x) A^T B^T          x[T,K], y[T,N], each F32 or BF16; x and y must not overlap.
- * A layer without an adapter is a plain linear; with DELTA_ONLY it leaves y as it is.
+ * A layer without an adapter is a plain linear; with DELTA_ONLY it leaves y as it is. A GATHERED one takes DELTA_ONLY alone.
  * Precision: products accumulate in fp32. When x and W are both BF16, A, B and u = x A^T enter the products rounded to bf16;
  * otherwise operands are widened to fp32, a tile at a time, never a whole W.
  * Calls on one handle exclude each other while they use its workspace: several threads may call at once, one computes.
@@ -579,7 +614,7 @@ enum {
     PLORA_ROUND_DEFAULT = -1, /* RESIDUAL when the weights keep residuals, else NEAREST */
     PLORA_ROUND_NEAREST = 0,  /* ties to even */
     /* Up or down at random, the nearer the likelier, so that the mean is right; 16 bits of Philox4x32-10 keyed by (adapters' seed, stage,
-     * layer, element of W as it is stored): the same on every rank and backend. */
+     * layer, element of W as it is stored, of the whole W): the same on every rank and backend. */
     PLORA_ROUND_STOCHASTIC = 1,
     /* W is the nearer number (ties away from 0) to an fp32 value, whose rest is kept beside it in 16 bits and takes part in the next
      * unload; products see W alone. bf16: the value is exact; f16: from 2^-14 on, below to 2^-41. */
@@ -610,7 +645,7 @@ typedef struct plora_unload_options {
         sizeof(plora_unload_options), 1.0, PLORA_MOMENTS_DEFAULT, PLORA_ROUND_DEFAULT, 0, 0                            \
     }
 
-/* What one unload did to one weight. D = m s B A is the wanted update, W' - W the one that is held: by the dtype, with RESIDUAL by
+/* What one unload did to one weight, of a shard to the shard. D = m s B A is the wanted update, W' - W the one that is held: by the dtype, with RESIDUAL by
  * weight and residual together, of a quantised weight by its master, or without one by what the codes hold. */
 typedef struct plora_unload_layer {
     int32_t layer;
@@ -680,7 +715,7 @@ enum {
 PLORA_API plora_status plora_checkpoint_save(plora_adapters *adapters, plora_optimizer *optimizer, const char *path,
                                              uint32_t flags);
 
-/* Loads into adapters (and optimizer) created with the same options on the same model. With a ledger it also makes the weights
+/* Loads into adapters (and optimizer) created with the same options on the same model, of shards on the same shards. With a ledger it also makes the weights
  * those of the checkpoint, from the file or else as plora_ledger_roll_back() does, and drops later records: what they hold, the
  * run will do again. Everything in the file is checked first, its checksum included: on an error nothing has changed. Errors:
  * IO, FORMAT, SHAPE, INVALID_ARGUMENT (made with other options, or with another ledger; named). @since 0.1 */
@@ -693,7 +728,8 @@ PLORA_API plora_status plora_checkpoint_load(plora_adapters *adapters, plora_opt
  *
  *     W_t = round(W_(t-1) + m_t s_t B_t A_t)          record t - 1 leads from W_(t-1) to W_t
  *
- * A record takes about 4 R (N + K) bytes a weight. The ledger lies in memory or in an append-only file under checksums, whose
+ * A record takes about 4 R (N + K) bytes a weight. Of a shard a ledger holds what this process does: its factors, and hashes of its
+ * part of W. It opens on that shard alone. The ledger lies in memory or in an append-only file under checksums, whose
  * format is described in docs/ledger.md. Each state has a lineage: a hash of W_0, of all records up to it, and of their order.
  * The same bits need the same backend and instruction set, as they differ in the last place. */
 typedef struct plora_ledger plora_ledger;
@@ -846,6 +882,7 @@ typedef struct plora_export_report {
  * equal, every number is the ledger's own and PEFT's alpha / r is f; else f is multiplied into B, rounded once to fp32.
  * Otherwise truncated: QR of both stacks and an SVD of the small core in double, never N x K, on the context's threads; the singular
  * values are shared evenly by A and B.
+ * Of a shard D is its part, unless it is GATHERED; GGUF is then UNSUPPORTED.
  * The difference to the trained weights is what rounding them has lost; plora_unload_report tells how much that was.
  * Each file is written atomically. options and report may be NULL. Waits for the device.
  * Errors: INVALID_ARGUMENT, NON_FINITE (the live adapter), UNSUPPORTED (a layer that the format cannot name; an embedding),

@@ -168,10 +168,10 @@ static int32_t first_layer_of(const plora_model *model, int32_t layer)
 static plora_status check_choice(const plora_model *model, const struct plora__adapter_choice *choice)
 {
     const struct plora__layer *layer = &model->layers[choice->layer];
-    const int64_t k = layer->in_features, n = layer->out_features;
-    PLORA_CHECK(choice->rank >= 1 && choice->rank <= (k < n ? k : n), PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': rank %d exceeds min(K=%lld, N=%lld)", layer->name, choice->rank, (long long)k,
-                (long long)n);
+    const plora_shard *whole = &model->weights[layer->weight].shard;
+    PLORA_CHECK(choice->rank >= 1 && choice->rank <= plora__rank_most(model, layer), PLORA_ERROR_INVALID_ARGUMENT,
+                "layer '%s': rank %d exceeds min(K=%lld, N=%lld)", layer->name, choice->rank, (long long)whole->columns,
+                (long long)whole->rows);
     PLORA_CHECK(isfinite(choice->scale), PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': scale is %g: must be finite",
                 layer->name, choice->scale);
     return PLORA_OK;
@@ -347,12 +347,17 @@ plora_status plora__adapters_init(plora_adapters *adapters, void *stream)
     const struct plora_backend *backend = context->backend;
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
+        const struct plora__weight *weight = &adapters->model->weights[adapter->weight];
+        const int64_t all_columns = weight->shard.columns;
         const struct plora__init_args args = {
             .out = adapters->parameters + adapter->a_offset,
-            .count = adapter->rank * adapter->in_features,
+            .rows = adapter->rank,
+            .columns = adapter->in_features,
+            .first_element = plora__shard_first_column(weight),
+            .row_elements = all_columns,
             .init = adapters->options.init,
             .layer = adapter->layer,
-            .scale = (float)(1.0 / sqrt((double)adapter->in_features)),
+            .scale = (float)(1.0 / sqrt((double)all_columns)),
             .seed = adapters->options.seed,
             .stage = (uint64_t)adapters->stage,
         };

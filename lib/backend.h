@@ -17,9 +17,18 @@ struct plora__dropout {
     double probability; /* 0 = none */
     uint64_t seed;
     uint64_t step;
-    uint64_t first_token; /* the element index of x[t,k] is (first_token + t) * K + k */
+    uint64_t first_token;
     int32_t layer;
+    int64_t first_column,
+        row_elements; /* of the whole layer, where x is columns of a longer row: 0 and K of one that is whole */
 };
+
+/* The number of x[token, column] among the elements that the mask is drawn for, modulo 2^64. */
+static inline uint64_t plora__dropout_element(const struct plora__dropout *dropout, int64_t token, int64_t column)
+{
+    return (dropout->first_token + (uint64_t)token) * (uint64_t)dropout->row_elements +
+           (uint64_t)(dropout->first_column + column);
+}
 
 /* One linear layer with at most one adapter. Without: rank = 0 and a, b, gradients NULL. */
 struct plora__linear_args {
@@ -46,13 +55,14 @@ struct plora__linear_args {
     void *workspace; /* 64-byte aligned, linear_workspace() bytes for `tokens` */
 };
 
-/* Fresh A of one adapter: out[i] for element i of [R,K]. */
+/* Fresh A of one adapter: out[rows, columns], whose (r, k) is element first_element + r * row_elements + k of the whole [R,K]. */
 struct plora__init_args {
     float *out;
-    int64_t count; /* R * K */
-    int32_t init;  /* PLORA_INIT_... */
+    int64_t rows, columns;
+    int64_t first_element, row_elements;
+    int32_t init; /* PLORA_INIT_... */
     int32_t layer;
-    float scale; /* 1 / sqrt(K): the bound of the uniform, the standard deviation of the Gaussian */
+    float scale; /* 1 / sqrt(K) of the whole: the bound of the uniform, the standard deviation of the Gaussian */
     uint64_t seed;
     uint64_t stage;
 };

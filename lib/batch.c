@@ -244,6 +244,7 @@ static plora_status check_forward(const plora_batch *batch, const int32_t *layer
         PLORA_CHECK(layers[i] >= 0 && layers[i] < model->layer_count, PLORA_ERROR_INVALID_ARGUMENT,
                     "layers[%d] is %d: the model has layers 0 .. %d", i, layers[i], model->layer_count - 1);
         const struct plora__layer *layer = &model->layers[layers[i]];
+        PLORA_TRY(plora__check_gathered(model, layers[i], flags));
         PLORA_TRY(plora__check_activation(x, "x", layer->name, batch->tokens, layer->in_features));
         PLORA_TRY(plora__check_activation(&y[i], "y", layer->name, batch->tokens, layer->out_features));
         PLORA_CHECK(!plora__matrix_overlap(x, &y[i]), PLORA_ERROR_INVALID_ARGUMENT,

@@ -5,7 +5,7 @@
  *                 residual.<layer> [rows, columns] U16, of weights that keep one: with the weights, or when no ledger has them
  *     metadata    state: counters that a load restores
  *                 options: what must be the same in the run that loads, compared as text
- *                 adapters: one line per adapter, "layer N K rank scale"
+ *                 adapters: one line per adapter, "layer N K rank scale", and the place of a shard
  *                 ledger: with a ledger, how many of its records the weights hold, and their lineage
  *                 checksum: of metadata and tensors
  *
@@ -94,6 +94,18 @@ static int64_t count_residuals(const plora_adapters *adapters)
     return count;
 }
 
+/* A checkpoint of one shard is not for another, which has other weights, residuals and random numbers. */
+static plora_status describe_shard(struct plora__text *text, const struct plora__weight *weight)
+{
+    const plora_shard *shard = &weight->shard;
+    if (!plora__shard_is_whole(weight))
+        PLORA_TRY(plora__text_format(text, " shard=%" PRId64 ",%" PRId64 " of %" PRId64 ",%" PRId64, shard->first_row,
+                                     shard->first_column, shard->rows, shard->columns));
+    return weight->gathered ? plora__text_format(text, " gathered [%" PRId64 ",%" PRId64 "]", weight->matrix.rows,
+                                                 weight->matrix.columns)
+                            : PLORA_OK;
+}
+
 static plora_status describe(struct description *description, const plora_adapters *adapters,
                              const struct plora_optimizer *optimizer)
 {
@@ -122,6 +134,7 @@ static plora_status describe(struct description *description, const plora_adapte
                                      adapters->model->layers[adapter->layer].name, adapter->out_features,
                                      adapter->in_features, adapter->rank));
         PLORA_TRY(plora__text_number(&description->adapters, adapter->scale));
+        PLORA_TRY(describe_shard(&description->adapters, weight_of(adapters, i)));
         PLORA_TRY(plora__text_format(&description->adapters, "\n"));
     }
     PLORA_TRY(plora__text_format(&description->adapters, "%s", ""));

@@ -381,9 +381,12 @@ struct gguf {
 static plora_status name_tensors(const struct export *e, struct gguf *gguf, int32_t number)
 {
     struct layer *layer = &e->layers[number];
+    const struct plora__weight *weight = &e->adapters->model->weights[e->adapters->adapters[number].weight];
     const char *name;
     char translated[PLORA__GGUF_NAME_BYTES];
     int32_t rows;
+    PLORA_CHECK(weight->gathered || plora__shard_is_whole(weight), PLORA_ERROR_UNSUPPORTED,
+                "layer '%s' is a shard: llama.cpp takes adapters of whole weights", name_of(e, number));
     PLORA_TRY(plora__peft_name(e->adapters, number, &name));
     PLORA_TRY(plora__gguf_name(name, translated, &rows));
     PLORA_CHECK(strcmp(name, name_of(e, number)) == 0, PLORA_ERROR_UNSUPPORTED,

@@ -71,6 +71,8 @@ struct plora__weight {
     struct plora__quantised_weight *quantised; /* NULL = it is not */
     int32_t fan_in_fan_out;
     int32_t first_layer; /* the layer that introduced it: its index keys the random numbers */
+    plora_shard shard;   /* its place; of a whole one {0, 0, N, K} */
+    int32_t gathered;    /* PLORA_LAYER_GATHERED */
     uint16_t *residual;  /* the low halves of its values, or NULL; in host memory or on the device */
     int64_t residual_stride;
     int32_t residual_on_host, residual_is_new;
@@ -82,7 +84,7 @@ struct plora__layer {
     int32_t flags;
     const void *bias;
     int32_t bias_dtype;
-    int64_t in_features, out_features;
+    int64_t in_features, out_features; /* of its calls and its adapter: of a gathered shard those of the whole */
 };
 
 struct plora__model_files; /* model_files.c: the mapped files of an opened model */
@@ -103,6 +105,22 @@ struct plora_model {
 
 void plora__model_retain(plora_model *model);
 void plora__model_release(plora_model *model);
+
+/* shard.c: a shard as the model keeps it, from a description; `matrix` gives the weight's shape. Whether it is all of its whole. */
+plora_status plora__shard_place(const plora_shard *given, const plora_matrix *matrix, int fan_in_fan_out,
+                                const char *name, plora_shard *shard);
+int plora__shard_is_whole(const struct plora__weight *weight);
+/* INVALID_ARGUMENT when a weight that a new layer is tied to is not the same shard. */
+plora_status plora__shard_same(const plora_model *model, int32_t weight, const char *name, const plora_shard *shard,
+                               int gathered);
+/* As it is described: all 0 where it is whole. */
+plora_shard plora__shard_given(const struct plora__weight *weight);
+/* The column of the whole W that the first column of the adapter's A stands for. */
+int64_t plora__shard_first_column(const struct plora__weight *weight);
+/* Where its element (0, 0) is among those of the whole W in memory, and how far apart rows of memory are there. */
+void plora__shard_elements(const struct plora__weight *weight, int64_t *first_element, int64_t *row_elements);
+/* The highest rank of an adapter: min(N, K) of the whole. */
+int64_t plora__rank_most(const plora_model *model, const struct plora__layer *layer);
 
 /* model.c: what any new layer is checked for; room for one more layer and weight, with a copy of its name; and the layer itself, which
  * cannot fail then. `weight` is the number of an existing one, or that of `added`, which becomes the model's. */
@@ -253,6 +271,8 @@ void plora__adapters_release(plora_adapters *adapters);
 /* linear.c: an activation is [rows,columns], F32 or BF16; `what` and the layer's name are for the message. */
 plora_status plora__check_activation(const plora_matrix *matrix, const char *what, const char *layer, int64_t rows,
                                      int64_t columns);
+/* linear.c: a gathered layer takes DELTA_ONLY alone. */
+plora_status plora__check_gathered(const plora_model *model, int32_t layer, uint32_t flags);
 /* linear.c: workspace bytes with which every layer's calls can run, those of the usual dtypes in passes of `tokens`. */
 size_t plora__linear_workspace_bytes(const plora_adapters *adapters, int64_t tokens);
 /* Draws A of every adapter for adapters->stage, and sets B to 0. */

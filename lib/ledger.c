@@ -107,6 +107,7 @@ static plora_status make_header(const plora_ledger *ledger, unsigned char **head
     char *name = (char *)(layers + count);
     for (uint32_t i = 0; i < count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
+        const struct plora__weight *weight = &adapters->model->weights[adapter->weight];
         const char *text = name_of(adapters, (int32_t)i);
         const size_t length = strlen(text);
         layers[i] = (struct plora__ledger_layer){
@@ -115,9 +116,12 @@ static plora_status make_header(const plora_ledger *ledger, unsigned char **head
             .dtype = weight_of(adapters, (int32_t)i)->dtype,
             .in_features = adapter->in_features,
             .out_features = adapter->out_features,
-            .fan_in_fan_out = adapters->model->weights[adapter->weight].fan_in_fan_out,
+            .fan_in_fan_out = weight->fan_in_fan_out,
+            .gathered = weight->gathered,
             .weight_hash = ledger->weight_hashes[i],
         };
+        if (!plora__shard_is_whole(weight))
+            plora__shard_elements(weight, &layers[i].first_element, &layers[i].row_elements);
         memcpy(name, text, length + 1);
         name += length + 1;
     }
@@ -145,6 +149,13 @@ static plora_status compare_headers(const unsigned char *there, const unsigned c
                     (long long)a->out_features, (long long)a->in_features, plora__dtype_name(a->dtype),
                     a->fan_in_fan_out ? ", stored [K,N]" : "", (long long)b->out_features, (long long)b->in_features,
                     plora__dtype_name(b->dtype), b->fan_in_fan_out ? ", stored [K,N]" : "");
+        PLORA_CHECK(a->first_element == b->first_element && a->row_elements == b->row_elements &&
+                        a->gathered == b->gathered,
+                    PLORA_ERROR_INVALID_ARGUMENT,
+                    "layer '%.200s': the ledger is of the shard from element %lld on, rows %lld apart (0: whole)%s, "
+                    "here it is %lld, %lld%s",
+                    name, (long long)a->first_element, (long long)a->row_elements, a->gathered ? ", gathered" : "",
+                    (long long)b->first_element, (long long)b->row_elements, b->gathered ? ", gathered" : "");
     }
     return PLORA_OK;
 }

@@ -175,6 +175,10 @@ static plora_status check_layer(const unsigned char *bytes, uint64_t header_byte
                     layer->fan_in_fan_out <= 1,
                 PLORA_ERROR_FORMAT, "layer %u: dtype %d, N=%" PRId64 ", K=%" PRId64 ", fan_in_fan_out %d", number,
                 layer->dtype, layer->out_features, layer->in_features, layer->fan_in_fan_out);
+    PLORA_CHECK(layer->gathered >= 0 && layer->gathered <= 1 && layer->first_element >= 0 && layer->row_elements >= 0,
+                PLORA_ERROR_FORMAT,
+                "layer %u: a shard of first element %" PRId64 ", row elements %" PRId64 ", gathered %d", number,
+                layer->first_element, layer->row_elements, layer->gathered);
     return PLORA_OK;
 }
 
@@ -218,7 +222,8 @@ static plora_status check_layer_factors(const struct plora__ledger_layer *layer,
     const int64_t k = layer->in_features, n = layer->out_features;
     const uint64_t left = (record->bytes - *at) / sizeof(float);
     const int32_t rank = entry->rank;
-    PLORA_CHECK(rank >= 1 && rank <= (k < n ? k : n) && (uint64_t)rank <= left / (uint64_t)(k + n), PLORA_ERROR_FORMAT,
+    const int64_t most = layer->row_elements > 0 ? INT32_MAX : k < n ? k : n; /* of a shard: that of the whole */
+    PLORA_CHECK(rank >= 1 && rank <= most && (uint64_t)rank <= left / (uint64_t)(k + n), PLORA_ERROR_FORMAT,
                 "layer %u: rank %d with N=%" PRId64 ", K=%" PRId64 ", %" PRIu64 " values left", number, rank, n, k,
                 left);
     const uint64_t bytes = factor_bytes(k, rank) + factor_bytes(n, rank);

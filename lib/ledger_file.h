@@ -32,9 +32,10 @@ struct plora__ledger_layer {
     int32_t dtype;
     int64_t in_features, out_features;
     int32_t fan_in_fan_out;
-    int32_t reserved;
+    int32_t gathered;     /* of a shard: N and K are those of the whole, as A and B are */
     uint64_t weight_hash; /* of W_0 */
-    uint64_t reserved2[2];
+    /* Of a shard: its element (i, j) in memory is number first_element + i * row_elements + j of the whole. Both 0: it is whole. */
+    int64_t first_element, row_elements;
 };
 
 enum { PLORA__LEDGER_HASHED = 1, PLORA__LEDGER_FOLDED = 2 };

@@ -17,6 +17,7 @@ static struct plora__linear_args layer_args(const plora_adapters *adapters, int3
     const struct plora__layer *found = &model->layers[layer];
     const struct plora__weight *weight = &model->weights[found->weight];
     struct plora__linear_args args = {
+        .delta_only = weight->gathered,
         .in_features = found->in_features,
         .out_features = found->out_features,
         .fan_in_fan_out = weight->fan_in_fan_out,
@@ -37,8 +38,13 @@ static struct plora__linear_args layer_args(const plora_adapters *adapters, int3
         args.b = adapters->parameters + adapter->b_offset;
         args.a_gradient = adapters->gradients + adapter->a_offset;
         args.b_gradient = adapters->gradients + adapter->b_offset;
-        args.dropout = (struct plora__dropout){adapters->options.dropout, adapters->options.seed,
-                                               adapters->dropout_step, adapters->dropout_first_token, layer};
+        args.dropout = (struct plora__dropout){.probability = adapters->options.dropout,
+                                               .seed = adapters->options.seed,
+                                               .step = adapters->dropout_step,
+                                               .first_token = adapters->dropout_first_token,
+                                               .layer = layer,
+                                               .first_column = plora__shard_first_column(weight),
+                                               .row_elements = weight->shard.columns};
     }
     return args;
 }
@@ -111,6 +117,15 @@ plora_status plora__check_activation(const plora_matrix *matrix, const char *wha
     return PLORA_OK;
 }
 
+plora_status plora__check_gathered(const plora_model *model, int32_t layer, uint32_t flags)
+{
+    const struct plora__layer *found = &model->layers[layer];
+    PLORA_CHECK(
+        !model->weights[found->weight].gathered || (flags & PLORA_LINEAR_DELTA_ONLY) != 0, PLORA_ERROR_INVALID_ARGUMENT,
+        "layer '%s' is PLORA_LAYER_GATHERED: its x W^T is the host's, calls take PLORA_LINEAR_DELTA_ONLY", found->name);
+    return PLORA_OK;
+}
+
 static plora_status check_call(const plora_adapters *adapters, int32_t layer, const plora_matrix *x,
                                const plora_matrix *y, const char *y_name, uint32_t flags, uint32_t known_flags,
                                void *stream)
@@ -123,6 +138,7 @@ static plora_status check_call(const plora_adapters *adapters, int32_t layer, co
     PLORA_CHECK(layer >= 0 && layer < model->layer_count, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer %d: the model has layers 0 .. %d", layer, model->layer_count - 1);
     PLORA_CHECK((flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "unknown flags 0x%x", flags & ~known_flags);
+    PLORA_TRY(plora__check_gathered(model, layer, flags));
     /* A repeated graph would repeat one dropout mask. */
     PLORA_TRY(plora__check_stream(model->context, stream, (flags & PLORA_LINEAR_DROPOUT) != 0));
     const struct plora__layer *found = &model->layers[layer];

@@ -1,6 +1,7 @@
 /* model.c: the model handle: a list of linear layers over weights that the host (or model_files.c) owns.
  *
- * Layers whose weight is the very same matrix are tied: they share one entry of `weights`, hence one adapter and one merge.
+ * Layers whose weight is the very same matrix are tied: they share one entry of `weights`, hence one adapter and one merge. A weight
+ * knows its place in the whole one that it is a shard of.
  * File formats are not here: see model_files.c. */
 #include <string.h>
 
@@ -126,11 +127,13 @@ plora_status plora__model_check_layer(const plora_model *model, const char *name
                                       int32_t bias_dtype)
 {
     PLORA_CHECK(name != NULL && name[0] != '\0', PLORA_ERROR_INVALID_ARGUMENT, "the layer's name is empty");
-    const int32_t known_flags = PLORA_LAYER_FAN_IN_FAN_OUT | PLORA_LAYER_HEAD;
+    const int32_t known_flags = PLORA_LAYER_FAN_IN_FAN_OUT | PLORA_LAYER_HEAD | PLORA_LAYER_GATHERED;
     PLORA_CHECK((flags & ~known_flags) == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': unknown flags 0x%x", name,
                 (unsigned)(flags & ~known_flags));
     PLORA_CHECK(bias == NULL || plora__dtype_known(bias_dtype), PLORA_ERROR_INVALID_ARGUMENT,
                 "layer '%s': bias dtype %d is unknown", name, bias_dtype);
+    PLORA_CHECK(bias == NULL || (flags & PLORA_LAYER_GATHERED) == 0, PLORA_ERROR_INVALID_ARGUMENT,
+                "layer '%s': it has a bias and PLORA_LAYER_GATHERED, whose products and biases are the host's", name);
     PLORA_CHECK(atomic_load(&model->adapters_made) == 0, PLORA_ERROR_INVALID_ARGUMENT,
                 "layer '%s': adapters exist already on this model", name);
     for (int32_t i = 0; i < model->layer_count; ++i)
@@ -155,6 +158,10 @@ void plora__model_append(plora_model *model, struct plora__layer layer, const st
     const struct plora__weight *weight = &model->weights[layer.weight];
     layer.in_features = weight->fan_in_fan_out ? weight->matrix.rows : weight->matrix.columns;
     layer.out_features = weight->fan_in_fan_out ? weight->matrix.columns : weight->matrix.rows;
+    if (weight->gathered) {
+        layer.in_features = weight->shard.columns;
+        layer.out_features = weight->shard.rows;
+    }
     model->layers[model->layer_count++] = layer;
 }
 
@@ -166,13 +173,16 @@ plora_status plora_model_add_linear(plora_model *model, const plora_linear *give
     PLORA_TRY(plora__read_options(&linear, sizeof linear, given, "plora_linear"));
     PLORA_TRY(plora__model_check_layer(model, linear.name, linear.flags, linear.bias, linear.bias_dtype));
     PLORA_TRY(check_weight(&linear));
+    struct plora__weight added = {.matrix = linear.weight,
+                                  .fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0,
+                                  .gathered = (linear.flags & PLORA_LAYER_GATHERED) != 0,
+                                  .first_layer = model->layer_count};
+    PLORA_TRY(plora__shard_place(&linear.shard, &linear.weight, added.fan_in_fan_out, linear.name, &added.shard));
     int32_t weight;
     char *name;
     PLORA_TRY(find_weight(model, &linear, &weight));
+    if (weight >= 0) PLORA_TRY(plora__shard_same(model, weight, linear.name, &added.shard, added.gathered));
     PLORA_TRY(plora__model_reserve(model, linear.name, &name));
-    const struct plora__weight added = {.matrix = linear.weight,
-                                        .fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0,
-                                        .first_layer = model->layer_count};
     if (layer != NULL) *layer = model->layer_count;
     plora__model_append(model,
                         (struct plora__layer){.name = name,
@@ -218,5 +228,6 @@ plora_status plora_model_layer(const plora_model *model, int32_t layer, plora_li
     result.bias = found->bias;
     result.bias_dtype = found->bias_dtype;
     result.flags = found->flags;
+    result.shard = plora__shard_given(&model->weights[found->weight]);
     return plora__write_result(linear, &result, sizeof result, "plora_linear");
 }

@@ -282,7 +282,7 @@ static size_t code_bytes(const struct plora__quantised *weight)
 
 /* The number of the weight with these codes, or -1. */
 static plora_status find_tied(const plora_model *model, const plora_quantised_linear *linear,
-                              const struct plora__quantised *values, int32_t *weight)
+                              const struct plora__quantised *values, const plora_shard *shard, int32_t *weight)
 {
     const uintptr_t begin = (uintptr_t)values->codes, end = begin + code_bytes(values);
     const int32_t fan_in_fan_out = (linear->flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0;
@@ -306,6 +306,7 @@ static plora_status find_tied(const plora_model *model, const plora_quantised_li
                     "layer '%s': its codes are those of layer '%s', whose master counts: add it with "
                     "PLORA_MASTER_NONE",
                     linear->name, other_name);
+        PLORA_TRY(plora__shard_same(model, i, linear->name, shard, 0));
         *weight = i;
     }
     return PLORA_OK;
@@ -350,18 +351,21 @@ plora_status plora_model_add_quantised(plora_model *model, const plora_quantised
     PLORA_TRY(plora__read_options(&linear, sizeof linear, given, "plora_quantised_linear"));
     PLORA_TRY(plora__model_check_layer(model, linear.name, linear.flags, linear.bias, linear.bias_dtype));
     PLORA_CHECK(linear.reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': reserved is not 0", linear.name);
+    PLORA_CHECK((linear.flags & PLORA_LAYER_GATHERED) == 0, PLORA_ERROR_UNSUPPORTED,
+                "layer '%s': PLORA_LAYER_GATHERED is not for quantised weights", linear.name);
     PLORA_TRY(check_arrays(&linear.weight, linear.name));
     PLORA_TRY(check_master(&linear, linear.name));
     struct plora__quantised_weight described = {.master = PLORA_MASTER_NONE};
     PLORA_TRY(describe(context, &linear.weight, linear.name, &described));
-    int32_t tied;
-    PLORA_TRY(find_tied(model, &linear, &described.values, &tied));
-    if (model->host_device == NULL) PLORA_TRY(plora__host_device_open(context, &model->host_device));
-
     const plora_quantised *w = &linear.weight;
     struct plora__weight weight = {.matrix = {NULL, w->rows, w->columns, w->columns, PLORA_F32, 0},
                                    .fan_in_fan_out = (linear.flags & PLORA_LAYER_FAN_IN_FAN_OUT) != 0,
                                    .first_layer = model->layer_count};
+    PLORA_TRY(plora__shard_place(&linear.shard, &weight.matrix, weight.fan_in_fan_out, linear.name, &weight.shard));
+    int32_t tied;
+    PLORA_TRY(find_tied(model, &linear, &described.values, &weight.shard, &tied));
+    if (model->host_device == NULL) PLORA_TRY(plora__host_device_open(context, &model->host_device));
+
     char *name;
     PLORA_TRY(plora__model_reserve(model, linear.name, &name));
     const plora_status status = tied < 0 ? make_weight(model, &linear, &described, &weight) : PLORA_OK;
@@ -396,6 +400,7 @@ plora_status plora_model_quantised(const plora_model *model, int32_t layer, plor
     result.flags = found->flags;
     result.master = weight->quantised->master;
     result.values = weight->matrix;
+    result.shard = plora__shard_given(weight);
     result.weight = (plora_quantised){.codes = (void *)(uintptr_t)values->codes,
                                       .scales = (float *)(uintptr_t)values->scales,
                                       .nested_codes = (uint8_t *)(uintptr_t)values->nested_codes,

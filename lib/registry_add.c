@@ -96,9 +96,10 @@ static plora_status place_layer(const plora_model *model, const plora_registry_l
     const int64_t k = layer->in_features, n = layer->out_features, rank = given->a.rows;
     PLORA_CHECK(given->reserved == 0, PLORA_ERROR_INVALID_ARGUMENT, "layers[%lld].reserved is not 0",
                 (long long)number);
-    PLORA_CHECK(rank >= 1 && rank <= (k < n ? k : n), PLORA_ERROR_INVALID_ARGUMENT,
-                "layer '%s': rank %lld: must be 1 .. min(K=%lld, N=%lld)", layer->name, (long long)rank, (long long)k,
-                (long long)n);
+    const plora_shard *whole = &model->weights[layer->weight].shard;
+    PLORA_CHECK(rank >= 1 && rank <= plora__rank_most(model, layer), PLORA_ERROR_INVALID_ARGUMENT,
+                "layer '%s': rank %lld: must be 1 .. min(K=%lld, N=%lld)", layer->name, (long long)rank,
+                (long long)whole->columns, (long long)whole->rows);
     PLORA_CHECK(isfinite(given->scale), PLORA_ERROR_INVALID_ARGUMENT, "layer '%s': scale is %g: must be finite",
                 layer->name, given->scale);
     for (int64_t i = 0; i < number; ++i)

@@ -163,8 +163,8 @@ void plora__merge_round(const plora_adapters *adapters, int32_t number, int32_t 
 {
     const struct plora__weight *weight = weight_of(adapters, number);
     args->rounding = is_wide(weight) ? PLORA_ROUND_NEAREST : rounding;
-    args->draw = (struct plora__merge_draw){
-        .seed = seed, .stage = (uint64_t)stage, .row_elements = weight->matrix.columns, .layer = weight->first_layer};
+    args->draw = (struct plora__merge_draw){.seed = seed, .stage = (uint64_t)stage, .layer = weight->first_layer};
+    plora__shard_elements(weight, &args->draw.first_element, &args->draw.row_elements);
     if (args->rounding != PLORA_ROUND_RESIDUAL) return;
     args->residual = weight->residual;
     args->residual_stride = weight->residual_stride;

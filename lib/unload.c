@@ -21,7 +21,12 @@ struct plora__merge_args plora__merge_weight(const plora_model *model, int32_t n
                                              int64_t rank, double factor)
 {
     const struct plora__weight *weight = &model->weights[number];
-    const int64_t in_features = weight->fan_in_fan_out ? weight->matrix.rows : weight->matrix.columns;
+    int64_t in_features = weight->fan_in_fan_out ? weight->matrix.rows : weight->matrix.columns;
+    if (weight->gathered) { /* the factors are the whole weight's: its rows of B, its columns of A */
+        in_features = weight->shard.columns;
+        if (a != NULL) a += weight->shard.first_column;
+        if (b != NULL) b += weight->shard.first_row * rank;
+    }
     struct plora__merge_args args = {
         .weight = weight->matrix,
         .rank = rank,
@@ -255,7 +260,8 @@ static void fill_report(const plora_adapters *adapters, double momentum, plora_u
     for (int32_t i = 0; i < adapters->adapter_count; ++i) {
         const struct plora__adapter *adapter = &adapters->adapters[i];
         const struct plora__merge_sums *sums = &adapters->findings.sums[i];
-        const double elements = (double)adapter->in_features * (double)adapter->out_features;
+        const plora_matrix *matrix = &weight_of(adapters, i)->matrix;
+        const double elements = (double)matrix->rows * (double)matrix->columns;
         plora_unload_layer layer = layer_figures(adapter, momentum * adapter->scale, sums, elements);
         if (weight_of(adapters, i)->quantised != NULL && weight_of(adapters, i)->matrix.data != NULL) {
             const struct plora__quantise_sums *part = &adapters->quantise_sums[i];

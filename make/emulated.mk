@@ -12,7 +12,7 @@ $(BUILD)/tests/emulated/%: $(BUILD)/tests/emulated/%.o $(SUPPORT) $(BUILD)/libpl
 GPU_TESTS := $(patsubst %,$(BUILD)/tests/%,test_philox test_model test_model_files test_optimizer test_linear test_linear_errors \
                test_vectors_linear test_merge test_batch test_dequantise test_quantise test_quantised test_unload test_residual test_checkpoint test_peft test_gguf test_export \
                test_compact test_llama test_ledger test_context test_threads test_batch_forward test_registry \
-               test_registry_threads)
+               test_registry_threads test_shard test_shard_files)
 EMULATED_TESTS = $(DEVICE_TESTS) $(GPU_TESTS)
 EMULATED_SUITES = $(foreach test,$(EMULATED_TESTS),'emulated_$(notdir $(test))=env PLORA_TEST_BACKEND=cuda $(EMULATED) $(test)') \
                   'emulated_test_linear_one_multiprocessor=env EMU_MULTIPROCESSORS=1 PLORA_TEST_QUICK=1 PLORA_TEST_BACKEND=cuda $(EMULATED) $(BUILD)/tests/test_linear' \

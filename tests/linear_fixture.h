@@ -25,6 +25,7 @@ struct linear_case {
     double alpha;             /* 0 = random */
     int64_t workspace_tokens; /* 0 = the default */
     uint32_t flags;           /* of the call */
+    plora_shard shard;        /* of the layer, whose features are the shard's; all 0 = whole */
 };
 
 struct linear_fixture {
@@ -74,12 +75,13 @@ static CHECK_UNUSED void fixture_describe(struct linear_fixture *f)
     const struct linear_case *c = &f->c;
     snprintf(f->text, sizeof f->text,
              "T=%lld K=%lld N=%lld R=%d x %s y %s W %s dx %s bias %s layer flags %d gaps %d aligned %d adapter %d "
-             "rslora %d dropout %g workspace_tokens %lld flags %u",
+             "rslora %d dropout %g workspace_tokens %lld flags %u shard %lld,%lld of %lld,%lld",
              (long long)c->tokens, (long long)c->in_features, (long long)c->out_features, c->rank,
              plora__dtype_name(c->x_dtype), plora__dtype_name(c->y_dtype), plora__dtype_name(c->w_dtype),
              plora__dtype_name(c->dx_dtype), c->bias_dtype < 0 ? "none" : plora__dtype_name(c->bias_dtype),
              c->layer_flags, c->gaps, c->aligned, !c->no_adapter, c->rslora, c->dropout, (long long)c->workspace_tokens,
-             c->flags);
+             c->flags, (long long)c->shard.first_row, (long long)c->shard.first_column, (long long)c->shard.rows,
+             (long long)c->shard.columns);
 }
 
 static CHECK_UNUSED void fixture_matrices(struct linear_fixture *f)
@@ -143,11 +145,24 @@ static CHECK_UNUSED void fixture_adapter(struct linear_fixture *f)
     reference_load(&f->adapter.b, 0, f->b_values);
 }
 
+/* The columns of the mask of the whole layer that x has. */
+static CHECK_UNUSED void fixture_mask(struct linear_fixture *f)
+{
+    const struct linear_case *c = &f->c;
+    const int64_t all = c->shard.columns > 0 ? c->shard.columns : c->in_features;
+    double *whole = fixture_doubles(c->tokens * all);
+    reference_dropout(c->dropout, f->seed, f->step, f->layer, f->first_token, c->tokens, all, whole);
+    f->mask = fixture_doubles(c->tokens * c->in_features);
+    for (int64_t t = 0; t < c->tokens; ++t)
+        for (int64_t k = 0; k < c->in_features; ++k)
+            f->mask[t * c->in_features + k] = whole[t * all + c->shard.first_column + k];
+    free(whole);
+}
+
 static CHECK_UNUSED void fixture_reference(struct linear_fixture *f)
 {
     const struct linear_case *c = &f->c;
-    f->mask = fixture_doubles(c->tokens * c->in_features);
-    reference_dropout(c->dropout, f->seed, f->step, f->layer, f->first_token, c->tokens, c->in_features, f->mask);
+    fixture_mask(f);
     f->linear = (struct reference_linear){
         .tokens = c->tokens,
         .in_features = c->in_features,
@@ -173,8 +188,16 @@ static CHECK_UNUSED struct linear_fixture *fixture_create(plora_context *context
     fixture_matrices(f);
     CHECK_OK(plora_model_create(context, &f->model));
     CHECK_OK(check_add_linear(f->model, "other", &f->other.m, NULL, 0, 0, NULL));
-    CHECK_OK(check_add_linear(f->model, "block.layer", &f->w.m, c->bias_dtype >= 0 ? f->bias.m.data : NULL,
-                              c->bias_dtype >= 0 ? c->bias_dtype : PLORA_F32, c->layer_flags, &f->layer));
+    const plora_linear linear = {
+        .struct_size = sizeof linear,
+        .name = "block.layer",
+        .weight = device_matrix(f->w.m),
+        .bias = c->bias_dtype >= 0 ? device_of(f->bias.m.data) : NULL,
+        .bias_dtype = c->bias_dtype >= 0 ? c->bias_dtype : PLORA_F32,
+        .flags = c->layer_flags,
+        .shard = c->shard,
+    };
+    CHECK_OK(plora_model_add_linear(f->model, &linear, &f->layer));
     f->seed = check_next();
     f->step = (uint64_t)check_integer(0, 100000);
     f->first_token = (uint64_t)check_integer(0, 1) == 0 ? 0 : check_next() >> 33;

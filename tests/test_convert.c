@@ -106,7 +106,8 @@ static void dropout(void **state)
                 const struct cpu_convert_kernels *kernels = cpu_convert_kernels(isa);
                 const int64_t count = lengths[length];
                 const uint64_t first = (uint64_t)check_integer(0, 1000);
-                const struct plora__dropout rule = {0.3, (uint64_t)check_integer(0, INT64_MAX - 1), 7, 0, 3};
+                const struct plora__dropout rule = {
+                    .probability = 0.3, .seed = (uint64_t)check_integer(0, INT64_MAX - 1), .step = 7, .layer = 3};
                 float in[LENGTH_MAX], delta[LENGTH_MAX], out[LENGTH_MAX + GUARD];
                 for (int64_t i = 0; i < count; ++i) {
                     plora__store(in, i, dtype, (float)check_uniform());

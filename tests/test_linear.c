@@ -14,9 +14,19 @@ static const struct {
     {70, 97, 80, 33, 16}, {19, 40, 300, 2, 0}, {257, 193, 131, 7, 100}, {400, 193, 131, 9, 0},
 };
 
+/* Somewhere in a larger weight, or all of one. */
+static plora_shard random_shard(int64_t rows, int64_t columns)
+{
+    if (check_integer(0, 1) == 0) return (plora_shard){0, 0, 0, 0};
+    const int64_t first_row = check_integer(0, 9), first_column = check_integer(0, 9);
+    return (plora_shard){first_row, first_column, first_row + rows + check_integer(0, 5),
+                         first_column + columns + check_integer(0, 5)};
+}
+
 static struct linear_case random_case(int shape)
 {
     return (struct linear_case){
+        .shard = random_shard(shapes[shape].out_features, shapes[shape].in_features),
         .tokens = shapes[shape].tokens,
         .in_features = shapes[shape].in_features,
         .out_features = shapes[shape].out_features,

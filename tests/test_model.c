@@ -126,7 +126,7 @@ static void bad_layers_are_refused(void **state)
     CHECK_FAILS(check_add_linear(model, "", &w, NULL, 0, 0, &layer), PLORA_ERROR_INVALID_ARGUMENT, "name");
     CHECK_FAILS(check_add_linear(model, "lm_head", &w, NULL, 0, 0, &layer), PLORA_ERROR_INVALID_ARGUMENT, "'lm_head'",
                 "6");
-    CHECK_FAILS(check_add_linear(model, "new", &w, NULL, 0, 4, &layer), PLORA_ERROR_INVALID_ARGUMENT, "'new'", "0x4");
+    CHECK_FAILS(check_add_linear(model, "new", &w, NULL, 0, 8, &layer), PLORA_ERROR_INVALID_ARGUMENT, "'new'", "0x8");
     CHECK_FAILS(check_add_linear(model, "new", &w, matrix.m.data, 9, 0, &layer), PLORA_ERROR_INVALID_ARGUMENT, "bias",
                 "9");
     static const int32_t dtypes[] = {-1, 3, 99};

@@ -339,7 +339,7 @@ static int run_panel(const struct cpu_device *cpu, const struct side *side, cons
         const struct plora__dropout *dropout = &side->args->dropout;
         for (int64_t t = 0; t < side->tokens; ++t)
             convert->dropout_add(at(&panel.sum, t, 0), panel.sum.dtype, at(&panel.delta, t, 0), dropout,
-                                 (dropout->first_token + (uint64_t)t) * (uint64_t)side->o + (uint64_t)begin, width);
+                                 plora__dropout_element(dropout, t, begin), width);
     }
     if (panel.narrow)
         for (int64_t t = 0; t < side->tokens; ++t)
@@ -444,8 +444,8 @@ static struct cpu_matrix dropped_input(const struct cpu_device *cpu, const struc
     (void)threads; /* unused without OpenMP */
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < args->tokens; ++t)
-        convert->dropout(at(&target, t, 0), at(&x, t, 0), x.dtype, dropout,
-                         (dropout->first_token + (uint64_t)t) * (uint64_t)args->in_features, args->in_features);
+        convert->dropout(at(&target, t, 0), at(&x, t, 0), x.dtype, dropout, plora__dropout_element(dropout, t, 0),
+                         args->in_features);
     return target;
 }
 

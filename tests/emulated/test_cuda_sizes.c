@@ -202,7 +202,15 @@ static void fresh_adapters_of_any_length(void **state)
     for (int i = 0; i < CHECK_COUNT(lengths); ++i)
         for (int32_t init = PLORA_INIT_KAIMING_UNIFORM; init <= PLORA_INIT_GAUSSIAN; ++init) {
             memset(values, CHECK_POISON, LONGEST * sizeof *values);
-            const struct plora__init_args args = {device_of(values), lengths[i], init, 3, 0.5f, check_next(), 2};
+            const struct plora__init_args args = {.out = device_of(values),
+                                                  .rows = 1,
+                                                  .columns = lengths[i],
+                                                  .row_elements = lengths[i],
+                                                  .init = init,
+                                                  .layer = 3,
+                                                  .scale = 0.5f,
+                                                  .seed = check_next(),
+                                                  .stage = 2};
             CHECK_OK(DEVICE(context->backend->init_adapter(context->device, &args, NULL)));
             check_poison(values, lengths[i], "A");
             for (int64_t e = 0; e < lengths[i]; ++e)

@@ -297,7 +297,6 @@ static const void *params_of(const struct thin_step *step, const struct problem 
                                              .factor_stride = q->packed_columns,
                                              .tokens = q->tokens,
                                              .columns = q->wide,
-                                             .all_columns = q->wide,
                                              .dtype = PLORA_BF16,
                                              .aligned = 1,
                                              .keep_out = 1,

@@ -25,6 +25,7 @@ PLORA_LOG_WARNING = 1
 PLORA_LOG_INFO = 2
 PLORA_LAYER_FAN_IN_FAN_OUT = 1
 PLORA_LAYER_HEAD = 2
+PLORA_LAYER_GATHERED = 4
 PLORA_QUANTISED_INT8 = 0
 PLORA_QUANTISED_NF4 = 1
 PLORA_QUANTISE_KEEP_OFFSET = 1
@@ -111,6 +112,15 @@ class plora_memory_statistics(Structure):
     _defaults_: dict = {}
 
 
+class plora_shard(Structure):
+    _fields_ = [
+        ("first_row", c_int64),
+        ("first_column", c_int64),
+        ("rows", c_int64),
+        ("columns", c_int64),
+    ]
+
+
 class plora_linear(Structure):
     _fields_ = [
         ("struct_size", c_size_t),
@@ -119,6 +129,7 @@ class plora_linear(Structure):
         ("bias", c_void_p),
         ("bias_dtype", c_int32),
         ("flags", c_int32),
+        ("shard", plora_shard),
     ]
     _defaults_: dict = {}
 
@@ -150,6 +161,7 @@ class plora_quantised_linear(Structure):
         ("reserved", c_int32),
         ("values", plora_matrix),
         ("directory", c_char_p),
+        ("shard", plora_shard),
     ]
     _defaults_: dict = {}
 

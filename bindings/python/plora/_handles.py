@@ -18,6 +18,7 @@ from ._native import Error, InvalidArgument, NotFound, arena, check, create, lib
 from ._quantised import Quantised
 
 Patterns = Union[None, str, Sequence[str]]
+Shard = Tuple[int, int, int, int]  # plora_shard: first row, first column, rows, columns
 
 SCHEDULES = {"constant": 0, "linear": 1, "cosine": 2, "relora": 3}
 INITS = {"kaiming": _abi.PLORA_INIT_KAIMING_UNIFORM, "gaussian": _abi.PLORA_INIT_GAUSSIAN}
@@ -180,18 +181,23 @@ class Model(_Object):
         return cls(context, path=path)
 
     def add_linear(
-        self, name: str, weight: Any, bias: Any = None, fan_in_fan_out: bool = False, head: bool = False
-    ) -> int:
+        self, name: str, weight: Any, bias: Any = None, fan_in_fan_out: bool = False, head: bool = False,
+        shard: Optional[Shard] = None, gathered: bool = False,
+    ) -> int:  # fmt: skip
         """Adds a layer and returns its index. weight [N,K], or [K,N] with fan_in_fan_out: fp32, bf16, fp16; bias [N].
 
-        Layers whose weights are the very same memory are tied: one adapter, merged once.
+        Layers whose weights are the very same memory are tied: one adapter, merged once. shard: (first row, first column, rows,
+        columns): where the weight lies in W[rows, columns], of which it is a part. gathered: products see the whole of it, as
+        with FSDP: the adapter is the whole's, forward and backward take delta_only.
         """
         matrix, owner = matrix_of(weight, f"weight of '{name}'", self.context.dl_device, write=True)
         keep, bias_matrix = [owner], _abi.plora_matrix()
         if bias is not None:
             features = matrix.columns if fan_in_fan_out else matrix.rows
             bias_matrix = self._vector(bias, f"bias of '{name}'", features, keep)
-        return self.add_matrix(name, matrix, bias_matrix.data, bias_matrix.dtype, fan_in_fan_out, head, keep)
+        return self.add_matrix(
+            name, matrix, bias_matrix.data, bias_matrix.dtype, fan_in_fan_out, head, keep, shard=shard, gathered=gathered
+        )
 
     def _vector(self, array: Any, what: str, features: int, keep: List[Any]) -> Any:
         matrix, owner = matrix_of(array, what, self.context.dl_device)
@@ -201,14 +207,20 @@ class Model(_Object):
         return matrix
 
     def add_matrix(
-        self, name: str, matrix: Any, bias: Optional[int], bias_dtype: int, fan_in_fan_out: bool, head: bool, keep: Any = None
-    ) -> int:
+        self, name: str, matrix: Any, bias: Optional[int], bias_dtype: int, fan_in_fan_out: bool, head: bool, keep: Any = None,
+        *, shard: Optional[Shard] = None, gathered: bool = False,
+    ) -> int:  # fmt: skip
         """The same from addresses; `keep` is kept alive as long as the model."""
         linear = struct("linear", name=name, weight=matrix, bias=bias, bias_dtype=bias_dtype)
-        return self._add(lib.plora_model_add_linear, linear, fan_in_fan_out, head, keep)
+        if shard is not None:
+            linear.shard = _abi.plora_shard(*shard)
+        return self._add(lib.plora_model_add_linear, linear, fan_in_fan_out, head, keep, gathered)
 
-    def _add(self, function: Any, linear: Any, fan_in_fan_out: bool, head: bool, keep: Any) -> int:
+    def _add(
+        self, function: Any, linear: Any, fan_in_fan_out: bool, head: bool, keep: Any, gathered: bool = False
+    ) -> int:
         linear.flags = _abi.PLORA_LAYER_FAN_IN_FAN_OUT * bool(fan_in_fan_out) | _abi.PLORA_LAYER_HEAD * bool(head)
+        linear.flags |= _abi.PLORA_LAYER_GATHERED * bool(gathered)
         owner, layer = self.held, c_int32()
         check(function(owner, byref(linear), byref(layer)))
         owner.keep.append(keep)
@@ -265,7 +277,8 @@ class Model(_Object):
         return layer.value
 
     def layer(self, layer: int) -> Dict[str, Any]:
-        """name, in_features, out_features, dtype, fan_in_fan_out, head; weight: a numpy view; None on CUDA, or quantised."""
+        """name, in_features, out_features, dtype, fan_in_fan_out, head, gathered; shard: (first row, first column, rows, columns)
+        of the whole, or None; weight: a numpy view; None on CUDA, or quantised."""
         linear = struct("linear")
         check(lib.plora_model_layer(self.held, layer, byref(linear)))
         matrix = linear.weight
@@ -277,6 +290,8 @@ class Model(_Object):
             "dtype": DTYPES.get(matrix.dtype, matrix.dtype),
             "fan_in_fan_out": swapped,
             "head": bool(linear.flags & _abi.PLORA_LAYER_HEAD),
+            "gathered": bool(linear.flags & _abi.PLORA_LAYER_GATHERED),
+            "shard": tuple(fields(linear.shard).values()) if linear.shard.rows else None,
             "weight": self._view(matrix),
         }
 
