@@ -49,10 +49,10 @@ def claim1(report):
     stages = row.settings["steps"] // row.settings["period"]
     lost = max(max(point[3] for point in record["held_out"]) - record["exact"] for record in row.records)
     falls = [before[1] - after[1] for record in row.records for _, before, after in record["watched"]]
-    ends = [f"{name_of(other.settings)} {statistics.mean(other.values('exact')):.1%}" for other in rows.values()]
+    ends = [f"{name_of(other.settings)}: {statistics.mean(other.values('exact')):.1%}" for other in rows.values()]
     verdict = "reproduces" if lost <= 0.02 and max(falls) <= 0.005 else "does not reproduce"
-    return (f"{so_far(verdict, [row])}. Over {stages} stages PLoRA ends at most {max(lost, 0.0):.1%} below its best accuracy on the way, and no unload "
-            f"cost more than {max(max(falls), 0.0):.1%}. Exact match at the end: {', '.join(ends)}.")  # fmt: skip
+    return (f"{so_far(verdict, [row])}. Over {stages} stages PLoRA ends at most {max(lost, 0.0):.1%} below its best accuracy on the "
+            f"way, and no unload cost more than {max(max(falls), 0.0):.1%}. Exact match at the end: {'; '.join(ends)}.")  # fmt: skip
 
 
 def claim2(report):
@@ -69,8 +69,8 @@ def claim2(report):
     verdict = ("reproduces" if min(signs) > 0 else "does not reproduce" if max(signs) <= 0
                else "reproduces on some models only")  # fmt: skip
     whole = len(words) == len(plan.CONTEXTS)
-    return (f"{so_far(verdict, used, whole)}. PLoRA's loss decrease on the test text over LoRA's: {listed(words)}. The most of any seed is {highest:.2f}; the "
-            "paper reports up to 1.8.")  # fmt: skip
+    return (f"{so_far(verdict, used, whole)}. PLoRA's loss decrease on the test text over LoRA's: {listed(words)}. The most of any "
+            f"seed is {highest:.2f}; the paper reports up to 1.8.")  # fmt: skip
 
 
 def restarts(report):
@@ -85,7 +85,7 @@ def restarts(report):
 
 
 def grid_of(report, rank):
-    """({(period, rate): loss decrease over LoRA's, None where it diverged} of the finished cells, LoRA at its best rate or None)."""
+    """({(period, rate): loss decrease over LoRA's, None where it diverged} of what has run, LoRA at its best rate or None)."""
     rows = report.find("claim3", rank=rank)
     loras = [row for row in rows if row.settings["method"] == "lora"]
     lora = min((row for row in loras if row), key=lambda row: row.mean("tune_loss"), default=None)
@@ -118,9 +118,9 @@ def claim3(report):
         top = max((ability or 0.0, period, lr) for (period, lr), ability in cells.items())
         tops.append(f"R = {rank}: period {top[1]}, rate {rate(top[2])}, {top[0]:.2f} times LoRA")
     usual = max(best, key=lambda period: len(best[period]))
-    counted = [f"{period}: {len(gains.get(period, []))} gain, {len(losses.get(period, []))} lose" for period in plan.PERIODS]
-    return (f"a period of {usual} steps is best in {len(best[usual])} of {pairs} pairs of rank and rate. Of those pairs, against LoRA at its "
-            f"best rate, by period: {'; '.join(counted)}. Best of each rank: {'; '.join(tops)}.")  # fmt: skip
+    counted = [f"{period} steps: {len(gains.get(period, []))} gain, {len(losses.get(period, []))} lose" for period in plan.PERIODS]
+    return (f"a period of {usual} steps is best in {len(best[usual])} of the {pairs} pairs of rank and rate. Of those pairs, against LoRA "
+            f"at its best rate: {'; '.join(counted)}. Best of each rank: {'; '.join(tops)}.")  # fmt: skip
 
 
 def forms(report, steps):
@@ -146,8 +146,8 @@ def claim4(report):
             values, row = found[0]
             gain = sum(sign(pair[0]) > 0 for pair in found)
             loss = sum(sign(pair[0]) < 0 for pair in found)
-            text.append(f"In {steps:,} steps {name_of(row.settings)} is best, {times(values)} times LoRA; of {len(found)} forms {gain} learn "
-                        f"more than LoRA and {loss} less")  # fmt: skip
+            text.append(f"In {steps:,} steps {name_of(row.settings)} is best, {times(values)} times LoRA; of {len(found)} forms {gain} "
+                        f"learn more than LoRA and {loss} less")  # fmt: skip
     return ". ".join(text) + "." if text else OPEN
 
 
@@ -165,8 +165,8 @@ def default(report):
                 words.append(title)
         if words:
             text.append((min(signs), won / all_of, f"{label} learns more than LoRA on {sum(s > 0 for s in signs)} and less on "
-                         f"{sum(s < 0 for s in signs)} of {len(signs)} models, and its test loss is below LoRA's at {won} of {all_of} "
-                         "evaluations on the way"))  # fmt: skip
+                         f"{sum(s < 0 for s in signs)} of {len(signs)} models, and its test loss is below LoRA's at {won} of "
+                         f"{all_of} evaluations on the way"))  # fmt: skip
     if not text:
         return OPEN
     text.sort(reverse=True)
@@ -205,8 +205,9 @@ def claim6(report):
         rows = {row.settings["rounding"]: row for row in report.find("claim6", method=method) if row}
         if "nearest" in rows and "residual" in rows:
             loss = {name: statistics.mean(row.values("test_loss")) for name, row in rows.items()}
-            parts.append(f"{label}: nearest captures {rows['nearest'].update('captured'):.3f} of the update (test loss "
-                         f"{loss['nearest']:.3f}), residual {rows['residual'].update('captured'):.3f} ({loss['residual']:.3f})")  # fmt: skip
+            held = {name: row.update("captured") for name, row in rows.items()}
+            parts.append(f"{label}: nearest captures {held['nearest']:.3f} of the update (test loss {loss['nearest']:.3f}), residual "
+                         f"{held['residual']:.3f} ({loss['residual']:.3f})")  # fmt: skip
     return "; ".join(parts).capitalize() + "." if parts else OPEN
 
 

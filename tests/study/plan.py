@@ -61,8 +61,9 @@ def entries():
         {**MOMENTUM, "moments": "reset"}, {**MOMENTUM, "b_ratio": 4.0},
     ]  # fmt: skip
     plan += [entry(5, "claim4", RATES[:2], THREE, 6, **form) for form in forms]
-    short = [{}, {**PLORA, "period": 100}, {**PLORA, "period": 100, "reinit": "gradient"}, {**PLORA, "period": 100, "b_ratio": 4.0},
-             MOMENTUM, {**MOMENTUM, "momentum": 0.5}, {**MOMENTUM, "momentum": 0.1}]  # fmt: skip
+    brief = {**PLORA, "period": 100}
+    short = [{}, brief, {**brief, "reinit": "gradient"}, {**brief, "b_ratio": 4.0}, MOMENTUM,
+             {**MOMENTUM, "momentum": 0.5}, {**MOMENTUM, "momentum": 0.1}]  # fmt: skip
     plan += [entry(5, "claim4", RATES[:2], THREE, 6, **form, steps=SHORT) for form in short]
     # An easy task, 20 stages; loss and accuracy just before and just after every second unload.
     easy = {"task": "sum", "rank": 4, "steps": 2000}
@@ -77,7 +78,7 @@ def entries():
     for rounding in ("nearest", "residual", "stochastic"):
         bf16 = {"dtype": "bf16", "rounding": rounding, "steps": 1000}
         seeds = THREE if rounding != "stochastic" else THREE[:1]
-        plan += [entry(9, "claim6", [1e-2], seeds, **{**PLORA, "period": 100}, **bf16), entry(9, "claim6", [1e-2], seeds, **MOMENTUM, **bf16)]
+        plan += [entry(9, "claim6", [1e-2], seeds, **method, **bf16) for method in (brief, MOMENTUM)]
     plan.append(entry(9, "claim6", [1e-2], THREE, dtype="bf16", steps=1000))
     for rank in (1, 4):
         for lr in GRID_RATES:

@@ -190,8 +190,8 @@ def state(done):
     if missing:
         text += " The rest is marked *not run yet* or named in the last column; nothing is filled in."
         if seconds:
-            text += (f" At the {1e3 * statistics.median(seconds):.0f} ms of processor time a step that the finished ones took, what "
-                     f"is missing takes about {cost * statistics.median(seconds) / 3600:.1f} hours of one core.")  # fmt: skip
+            text += (f" At the {1e3 * statistics.median(seconds):.0f} ms of processor time a step that the finished ones took, what is "
+                     f"missing takes about {cost * statistics.median(seconds) / 3600:.1f} hours of one core.")  # fmt: skip
     bases = {(r["settings"]["model"], r["base"]) for r in done.values()}
     models = {model for model, _ in bases}
     if len(bases) > len(models):

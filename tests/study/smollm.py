@@ -98,7 +98,8 @@ def run(settings, build):
     record = {
         "settings": settings, "base": prepare.file_sha256(model / "model.safetensors")[:12], "base_loss": held_out[0][2],
         "diverged": None, "trained": None, "train": [round(sum(losses[i : i + 10]) / 10, 5) for i in range(0, steps - 9, 10)],
-        "held_out": held_out, "train_loss": statistics.mean(losses[-50:]), "tune_loss": held_out[-1][1], "test_loss": held_out[-1][2],
+        "held_out": held_out, "train_loss": statistics.mean(losses[-50:]), "tune_loss": held_out[-1][1],
+        "test_loss": held_out[-1][2],
         "exact": held_out[-1][3], "watched": [], "unloads": [],
         "update": {"layer": LAYER, "spectrum": [], "rank": update["rank"], "effective": update["effective"],
                    "relative": update["relative_rms"], "captured": None},
