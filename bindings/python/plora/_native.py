@@ -8,7 +8,7 @@ _abi.py holds the header itself. Needs neither torch nor numpy. ctypes gives the
 import ctypes
 import os
 from ctypes import byref, c_void_p, sizeof
-from typing import Any, Optional
+from typing import Any
 
 from . import _abi
 
