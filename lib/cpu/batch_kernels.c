@@ -1,25 +1,45 @@
 /* batch_kernels.c: the low-rank products of one slot's tokens, compiled once per instruction level (isa.h), in fp32.
  *
- *     shrink    low = s x A^T     dot products along K, TOKENS x RANKS at once, DEPTH columns after the other so that x
- *                                 and A stay in the nearest cache; the lanes of a sum are added up at the end of each
- *     expand    y  += low B^T     columns in lanes, TOKENS x VECTORS registers; a panel of B is turned round once for
- *                                 all tokens, and each y is rounded once */
+ *     shrink    low = s x A^T     dot products along K, TOKENS x RANKS at once, DEPTH columns after the other so that x stays in the
+ *                                 nearest cache and A in the next; the lanes of a sum are added up at the end of each
+ *     expand    y  += low B^T     columns in lanes, TOKENS x VECTORS registers; panels of B are turned round once for all tokens, which
+ *                                 then go along the panels, so that y is read and written by whole stretches; each y is rounded once
+ *
+ * Few tokens leave these products to the speed of memory. So what comes next is asked for ahead: rows of A, rows of y. */
 #include "batch_kernels.h"
 
 #include "dtype.h"
 #include "vector.h"
 
 #if CPU_ISA >= CPU_ISA_AVX512
-enum { SHRINK_TOKENS = 6, EXPAND_TOKENS = 6, VECTORS = 4 };
+enum { SHRINK_TOKENS = 6, RANKS = 4, EXPAND_TOKENS = 6, VECTORS = 4 };
 #elif CPU_ISA == CPU_ISA_AVX2
-enum { SHRINK_TOKENS = 3, EXPAND_TOKENS = 6, VECTORS = 2 };
+enum { SHRINK_TOKENS = 6, RANKS = 2, EXPAND_TOKENS = 6, VECTORS = 2 };
 #else
-enum { SHRINK_TOKENS = 2, EXPAND_TOKENS = 4, VECTORS = 2 };
+enum { SHRINK_TOKENS = 4, RANKS = 2, EXPAND_TOKENS = 4, VECTORS = 2 };
 #endif
-enum { RANKS = 4, DEPTH = 256, PANEL = VECTORS * CPU_LANES, CACHE_LINE = 64 };
+enum { DEPTH = 512, PANEL = VECTORS * CPU_LANES, CACHE_LINE = 64 };
 
 typedef uint16_t halves __attribute__((vector_size(2 * CPU_LANES)));
 typedef float four __attribute__((vector_size(16)));
+
+/* Within each quarter of a register: single numbers, or pairs, of the lower or upper half of both in turns. */
+#if CPU_ISA >= CPU_ISA_AVX512
+#define INTERLEAVE_LOW(a, b) _mm512_unpacklo_ps(a, b)
+#define INTERLEAVE_HIGH(a, b) _mm512_unpackhi_ps(a, b)
+#define PAIR_LOW(a, b) (cpu_vf) _mm512_unpacklo_pd((__m512d)(a), (__m512d)(b))
+#define PAIR_HIGH(a, b) (cpu_vf) _mm512_unpackhi_pd((__m512d)(a), (__m512d)(b))
+#elif CPU_ISA == CPU_ISA_AVX2
+#define INTERLEAVE_LOW(a, b) _mm256_unpacklo_ps(a, b)
+#define INTERLEAVE_HIGH(a, b) _mm256_unpackhi_ps(a, b)
+#define PAIR_LOW(a, b) (cpu_vf) _mm256_unpacklo_pd((__m256d)(a), (__m256d)(b))
+#define PAIR_HIGH(a, b) (cpu_vf) _mm256_unpackhi_pd((__m256d)(a), (__m256d)(b))
+#else
+#define INTERLEAVE_LOW(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define INTERLEAVE_HIGH(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define PAIR_LOW(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
+#define PAIR_HIGH(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#endif
 
 /* ---------------------------------------------------------------------------------------------------------- numbers */
 
@@ -71,19 +91,18 @@ CPU_INLINE four fold(cpu_vf value)
 #endif
 }
 
-CPU_INLINE float sum_lanes(cpu_vf value)
+/* The sum of the lanes of each, as (0 + 2) + (1 + 3) of what fold() leaves. */
+CPU_INLINE four sum_lanes(const cpu_vf value[4])
 {
-    const four last = fold(value);
-    return (last[0] + last[2]) + (last[1] + last[3]);
-}
-
-/* sum_lanes() of four at once. */
-CPU_INLINE four sum_four(const cpu_vf values[4])
-{
-    const four a = fold(values[0]), b = fold(values[1]), c = fold(values[2]), d = fold(values[3]);
-    const four ab = __builtin_shufflevector(a, b, 0, 1, 4, 5) + __builtin_shufflevector(a, b, 2, 3, 6, 7);
-    const four cd = __builtin_shufflevector(c, d, 0, 1, 4, 5) + __builtin_shufflevector(c, d, 2, 3, 6, 7);
-    return __builtin_shufflevector(ab, cd, 0, 2, 4, 6) + __builtin_shufflevector(ab, cd, 1, 3, 5, 7);
+    four folded[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i)
+        folded[i] = fold(value[i]);
+    const four first = __builtin_shufflevector(folded[0], folded[1], 0, 4, 1, 5) +
+                       __builtin_shufflevector(folded[0], folded[1], 2, 6, 3, 7);
+    const four second = __builtin_shufflevector(folded[2], folded[3], 0, 4, 1, 5) +
+                        __builtin_shufflevector(folded[2], folded[3], 2, 6, 3, 7);
+    return __builtin_shufflevector(first, second, 0, 1, 4, 5) + __builtin_shufflevector(first, second, 2, 3, 6, 7);
 }
 
 static char *row_of(const plora_matrix *matrix, const struct cpu_batch_rows *rows, int64_t i)
@@ -94,90 +113,126 @@ static char *row_of(const plora_matrix *matrix, const struct cpu_batch_rows *row
 
 /* ----------------------------------------------------------------------------------------------------------- shrink */
 
-/* low[i, r] (+)= sum over `depth` columns of x[i] a[r]. tokens, ranks (RANKS or 1) and dtype are constants at every call. */
-CPU_INLINE void dots(int tokens, int ranks, int32_t dtype, char *const x[], const float *a, int64_t a_stride,
-                     int64_t depth, int is_first, float *low, int64_t low_stride)
+/* x[k / CPU_LANES][token][k % CPU_LANES] of `depth` columns of some rows, in fp32 and with zeros at the end: one stream, which also spares
+ * the cache rows that lie a power of two apart. */
+CPU_INLINE void pack_rows(int tokens, int32_t dtype, char *const rows[], int64_t depth, float *x)
 {
     const int64_t size = dtype == PLORA_F32 ? 4 : 2;
-    cpu_vf sum[SHRINK_TOKENS][RANKS] = {{{0}}};
-    for (int64_t k = 0; k < depth; k += CPU_LANES) {
-        const int64_t rest = depth - k;
-        cpu_vf right[RANKS];
-#pragma GCC unroll 4
-        for (int r = 0; r < ranks; ++r)
-            right[r] = rest >= CPU_LANES ? cpu_load(a + r * a_stride + k)
-                                         : load_some((const char *)(a + r * a_stride + k), PLORA_F32, rest);
+    for (int64_t k = 0; k < depth; k += CPU_LANES, x += tokens * CPU_LANES)
 #pragma GCC unroll 6
-        for (int i = 0; i < tokens; ++i) {
-            const cpu_vf left =
-                rest >= CPU_LANES ? load_lanes(x[i] + k * size, dtype) : load_some(x[i] + k * size, dtype, rest);
-#pragma GCC unroll 4
-            for (int r = 0; r < ranks; ++r)
-                sum[i][r] = cpu_fma(left, right[r], sum[i][r]);
-        }
-    }
+        for (int i = 0; i < tokens; ++i)
+            cpu_store(x + i * CPU_LANES, depth - k >= CPU_LANES ? load_lanes(rows[i] + k * size, dtype)
+                                                                : load_some(rows[i] + k * size, dtype, depth - k));
+}
+
+/* sum[i, r] += x[i] a[r] by lanes. tokens and ranks are constants at every call. */
+CPU_INLINE void multiply(int tokens, int ranks, const float *x, const cpu_vf *a, cpu_vf *sum)
+{
 #pragma GCC unroll 6
     for (int i = 0; i < tokens; ++i) {
-        float *out = low + i * low_stride;
-        if (ranks == RANKS) {
-            four sums = sum_four(sum[i]), before;
-            memcpy(&before, out, sizeof before);
-            if (!is_first) sums += before;
-            memcpy(out, &sums, sizeof sums);
-        } else {
-            out[0] = is_first ? sum_lanes(sum[i][0]) : out[0] + sum_lanes(sum[i][0]);
-        }
+        const cpu_vf left = cpu_load(x + i * CPU_LANES);
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; ++r)
+            sum[i * ranks + r] = cpu_fma(left, a[r], sum[i * ranks + r]);
     }
 }
 
-CPU_INLINE void dots_of(int tokens, int32_t dtype, char *const x[], const float *a, int64_t a_stride, int64_t depth,
-                        int is_first, int64_t rank, float *low, int64_t low_stride)
+/* low[i, r] (+)= sum over `depth` columns of x[i] a[r]; `ahead` is where the next rows of A are. */
+CPU_INLINE void dots(int tokens, int ranks, const float *x, const float *a, const float *ahead, int64_t a_stride,
+                     int64_t depth, int is_first, float *low, int64_t low_stride)
 {
+    cpu_vf sum[SHRINK_TOKENS * RANKS + 3] = {{0}}, right[RANKS];
+    int64_t k = 0;
+    for (; k + CPU_LANES <= depth; k += CPU_LANES, x += tokens * CPU_LANES) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; ++r) {
+            __builtin_prefetch(ahead + r * a_stride + k, 0, 2);
+            right[r] = cpu_load(a + r * a_stride + k);
+        }
+        multiply(tokens, ranks, x, right, sum);
+    }
+    if (k < depth) {
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; ++r)
+            right[r] = load_some((const char *)(a + r * a_stride + k), PLORA_F32, depth - k);
+        multiply(tokens, ranks, x, right, sum);
+    }
+    float total[SHRINK_TOKENS * RANKS + 3];
+#pragma GCC unroll 6
+    for (int i = 0; i < tokens * ranks; i += 4) {
+        const four sums = sum_lanes(sum + i);
+        memcpy(total + i, &sums, sizeof sums);
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < tokens; ++i)
+#pragma GCC unroll 4
+        for (int r = 0; r < ranks; ++r) {
+            float *out = &low[i * low_stride + r];
+            *out = is_first ? total[i * ranks + r] : *out + total[i * ranks + r];
+        }
+}
+
+/* What some rows of x are multiplied with at a time: `depth` columns of A from `begin` on. */
+struct block {
+    int64_t columns, begin, depth, first; /* K; first: row of low */
+    const struct cpu_batch_part *parts;
+    int32_t part_count;
+};
+
+CPU_INLINE void shrink_part(int tokens, const float *x, const struct block *block, const struct cpu_batch_part *part)
+{
+    const int64_t stride = block->columns, depth = block->depth, rank = part->slot->rank;
+    const int is_first = block->begin == 0;
+    const float *a = part->slot->a + block->begin;
+    float *low = part->low + block->first * part->low_stride;
     int64_t r = 0;
-    for (; r + RANKS <= rank; r += RANKS)
-        dots(tokens, RANKS, dtype, x, a + r * a_stride, a_stride, depth, is_first, low + r, low_stride);
-    for (; r < rank; ++r)
-        dots(tokens, 1, dtype, x, a + r * a_stride, a_stride, depth, is_first, low + r, low_stride);
-}
-
-/* Up to SHRINK_TOKENS rows of x by all parts. */
-CPU_INLINE void shrink_rows(int32_t dtype, char *const x[], int64_t count, int64_t first, int64_t columns,
-                            int64_t begin, int64_t depth, const struct cpu_batch_part *parts, int32_t part_count)
-{
-    for (int32_t p = 0; p < part_count; ++p) {
-        const struct plora__batch_slot *slot = parts[p].slot;
-        const int64_t low_stride = parts[p].low_stride;
-        float *low = parts[p].low + first * low_stride;
-        if (slot->rank == 0) continue;
-#define SHRINK_CASE(n)                                                                                                 \
-    case n: dots_of(n, dtype, x, slot->a + begin, columns, depth, begin == 0, slot->rank, low, low_stride); break
-        switch (count) {
-            SHRINK_CASE(1);
-            SHRINK_CASE(2);
-#if CPU_ISA >= CPU_ISA_AVX2
-            SHRINK_CASE(3);
-#endif
-#if CPU_ISA >= CPU_ISA_AVX512
-            SHRINK_CASE(4);
-            SHRINK_CASE(5);
-            SHRINK_CASE(6);
-#endif
-        }
+    for (; r + RANKS <= rank; r += RANKS) {
+        const float *rows = a + r * stride, *ahead = rows;
+        if (r + 2 * RANKS <= rank)
+            ahead += RANKS * stride;
+        else if (block->begin + 2 * depth <= stride)
+            ahead = a + depth;
+        dots(tokens, RANKS, x, rows, ahead, stride, depth, is_first, low + r, part->low_stride);
     }
+    for (; r < rank; ++r)
+        dots(tokens, 1, x, a + r * stride, a + r * stride, stride, depth, is_first, low + r, part->low_stride);
 }
 
-CPU_INLINE void shrink_as(int32_t dtype, const plora_matrix *x, const struct cpu_batch_rows *rows,
-                          const struct cpu_batch_part *parts, int32_t part_count)
+CPU_INLINE void shrink_rows(int tokens, int32_t dtype, char *const rows[], const struct block *block)
 {
-    const int64_t columns = x->columns, size = dtype == PLORA_F32 ? 4 : 2;
-    for (int64_t begin = 0; begin < columns; begin += DEPTH) {
-        const int64_t depth = columns - begin < DEPTH ? columns - begin : DEPTH;
-        for (int64_t i = 0; i < rows->count; i += SHRINK_TOKENS) {
+    float x[SHRINK_TOKENS * DEPTH];
+    if (dtype == PLORA_F32)
+        pack_rows(tokens, PLORA_F32, rows, block->depth, x);
+    else
+        pack_rows(tokens, PLORA_BF16, rows, block->depth, x);
+    for (int32_t p = 0; p < block->part_count; ++p)
+        shrink_part(tokens, x, block, &block->parts[p]);
+}
+
+static void shrink(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct cpu_batch_part *parts,
+                   int32_t part_count)
+{
+    const int64_t columns = x->columns, size = (int64_t)plora__dtype_size(x->dtype);
+    struct block block = {.columns = columns, .parts = parts, .part_count = part_count};
+    for (; block.begin < columns; block.begin += DEPTH) {
+        block.depth = columns - block.begin < DEPTH ? columns - block.begin : DEPTH;
+        for (block.first = 0; block.first < rows->count; block.first += SHRINK_TOKENS) {
             char *x_rows[SHRINK_TOKENS];
-            const int64_t count = rows->count - i < SHRINK_TOKENS ? rows->count - i : SHRINK_TOKENS;
+            const int64_t left = rows->count - block.first, count = left < SHRINK_TOKENS ? left : SHRINK_TOKENS;
             for (int64_t j = 0; j < count; ++j)
-                x_rows[j] = row_of(x, rows, i + j) + begin * size;
-            shrink_rows(dtype, x_rows, count, i, columns, begin, depth, parts, part_count);
+                x_rows[j] = row_of(x, rows, block.first + j) + block.begin * size;
+#define SHRINK_CASE(n)                                                                                                 \
+    case n: shrink_rows(n, x->dtype, x_rows, &block); break
+            switch (count) {
+                SHRINK_CASE(1);
+                SHRINK_CASE(2);
+                SHRINK_CASE(3);
+                SHRINK_CASE(4);
+#if CPU_ISA > CPU_ISA_PORTABLE
+                SHRINK_CASE(5);
+                SHRINK_CASE(6);
+#endif
+            }
         }
     }
     for (int32_t p = 0; p < part_count; ++p)
@@ -186,44 +241,33 @@ CPU_INLINE void shrink_as(int32_t dtype, const plora_matrix *x, const struct cpu
                 parts[p].low[i * parts[p].low_stride + r] *= parts[p].slot->scale;
 }
 
-static void shrink(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct cpu_batch_part *parts,
-                   int32_t part_count)
-{
-    if (x->dtype == PLORA_F32)
-        shrink_as(PLORA_F32, x, rows, parts, part_count);
-    else
-        shrink_as(PLORA_BF16, x, rows, parts, part_count);
-}
-
 /* ----------------------------------------------------------------------------------------------------------- expand */
 
-/* Four rows of four numbers become four columns. */
+/* CPU_LANES rows of four numbers become four columns: each quarter of a register turns four of them round. */
 CPU_INLINE void turn(const float *from, int64_t stride, float *to)
 {
-    four row[4];
+    cpu_vf row[4];
     for (int i = 0; i < 4; ++i)
-        memcpy(&row[i], from + i * stride, sizeof row[i]);
-    const four low01 = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
-    const four high01 = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
-    const four low23 = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
-    const four high23 = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
-    const four columns[4] = {
-        __builtin_shufflevector(low01, low23, 0, 1, 4, 5), __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-        __builtin_shufflevector(high01, high23, 0, 1, 4, 5), __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
-    for (int i = 0; i < 4; ++i)
-        memcpy(to + i * PANEL, &columns[i], sizeof columns[i]);
+        for (int quarter = 0; quarter < CPU_LANES / 4; ++quarter)
+            memcpy((char *)&row[i] + quarter * sizeof(four), from + (4 * quarter + i) * stride, sizeof(four));
+    const cpu_vf low01 = INTERLEAVE_LOW(row[0], row[1]), high01 = INTERLEAVE_HIGH(row[0], row[1]);
+    const cpu_vf low23 = INTERLEAVE_LOW(row[2], row[3]), high23 = INTERLEAVE_HIGH(row[2], row[3]);
+    cpu_store(to, PAIR_LOW(low01, low23));
+    cpu_store(to + PANEL, PAIR_HIGH(low01, low23));
+    cpu_store(to + 2 * PANEL, PAIR_LOW(high01, high23));
+    cpu_store(to + 3 * PANEL, PAIR_HIGH(high01, high23));
 }
 
 /* panel[r * PANEL + n] = b[n * rank + r], zeros for n >= count. */
 static void pack_panel(const float *b, int64_t rank, int64_t count, float *panel)
 {
     int64_t n = 0;
-    for (; n + 4 <= count; n += 4) {
+    for (; n + CPU_LANES <= count; n += CPU_LANES) {
         int64_t r = 0;
         for (; r + 4 <= rank; r += 4)
             turn(b + n * rank + r, rank, panel + r * PANEL + n);
         for (; r < rank; ++r)
-            for (int64_t i = n; i < n + 4; ++i)
+            for (int64_t i = n; i < n + CPU_LANES; ++i)
                 panel[r * PANEL + i] = b[i * rank + r];
     }
     for (; n < PANEL; ++n)
@@ -274,24 +318,44 @@ CPU_INLINE void expand_tokens(int tokens, int32_t dtype, char *const y[], const 
             add_row(y[i], PLORA_BF16, sum[i], width);
 }
 
+/* The rows of up to EXPAND_TOKENS tokens from number i on, at a column; returns how many. */
+static int64_t rows_at(const plora_matrix *y, const struct cpu_batch_rows *rows, int64_t i, int64_t column, char *at[])
+{
+    const int64_t left = rows->count - i, count = left < EXPAND_TOKENS ? left : EXPAND_TOKENS;
+    for (int64_t j = 0; j < count; ++j)
+        at[j] = row_of(y, rows, i + j) + column * (int64_t)plora__dtype_size(y->dtype);
+    return count > 0 ? count : 0;
+}
+
+static void fetch(char *const rows[], int64_t count, int64_t offset, int64_t bytes)
+{
+    for (int64_t j = 0; j < count; ++j)
+        for (int64_t line = 0; line < bytes; line += CACHE_LINE)
+            __builtin_prefetch(rows[j] + offset + line, 1);
+}
+
 static void expand(const plora_matrix *y, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
                    const float *low, int64_t low_stride, int64_t begin, int64_t end, float *panel)
 {
-    const int64_t size = (int64_t)plora__dtype_size(y->dtype);
-    for (int64_t column = begin; column < end; column += PANEL) {
-        const int64_t width = end - column < PANEL ? end - column : PANEL;
-        const float *packed = slot->panels != NULL ? slot->panels + column * slot->rank : panel;
-        if (packed == panel) pack_panel(slot->b + column * slot->rank, slot->rank, width, panel);
-        for (int64_t i = 0; i < rows->count; i += EXPAND_TOKENS) {
-            char *y_rows[EXPAND_TOKENS];
-            const int64_t count = rows->count - i < EXPAND_TOKENS ? rows->count - i : EXPAND_TOKENS;
-            for (int64_t j = 0; j < count; ++j) {
-                y_rows[j] = row_of(y, rows, i + j) + column * size;
-                for (int64_t line = 0; line < width * size; line += CACHE_LINE)
-                    __builtin_prefetch(y_rows[j] + line, 1);
-            }
-#define EXPAND_CASE(n)                                                                                                 \
-    case n: expand_tokens(n, y->dtype, y_rows, low + i * low_stride, low_stride, packed, slot->rank, width); break
+    const int64_t size = (int64_t)plora__dtype_size(y->dtype), rank = slot->rank, columns = end - begin;
+    const float *panels = slot->panels != NULL ? slot->panels + begin * rank : panel;
+    char *y_rows[EXPAND_TOKENS], *next[EXPAND_TOKENS];
+    int64_t count = rows_at(y, rows, 0, begin, y_rows);
+    for (int64_t n = 0; n < columns; n += PANEL) {
+        fetch(y_rows, count, n * size, PANEL * size);
+        if (slot->panels == NULL)
+            pack_panel(slot->b + (begin + n) * rank, rank, columns - n < PANEL ? columns - n : PANEL, panel + n * rank);
+    }
+    for (int64_t i = 0, next_count = 0; i < rows->count; i += EXPAND_TOKENS, count = next_count) {
+        next_count = rows_at(y, rows, i + EXPAND_TOKENS, begin, next);
+        for (int64_t n = 0; n < columns; n += PANEL) {
+            const int64_t width = columns - n < PANEL ? columns - n : PANEL;
+            char *at[EXPAND_TOKENS];
+            for (int64_t j = 0; j < count; ++j)
+                at[j] = y_rows[j] + n * size;
+            fetch(next, next_count, n * size, PANEL * size);
+#define EXPAND_CASE(c)                                                                                                 \
+    case c: expand_tokens(c, y->dtype, at, low + i * low_stride, low_stride, panels + n * rank, rank, width); break
             switch (count) {
                 EXPAND_CASE(1);
                 EXPAND_CASE(2);
@@ -303,6 +367,7 @@ static void expand(const plora_matrix *y, const struct cpu_batch_rows *rows, con
 #endif
             }
         }
+        memcpy(y_rows, next, sizeof next);
     }
 }
 

@@ -19,14 +19,14 @@ struct cpu_batch_part {
 };
 
 struct cpu_batch_kernels {
-    int panel_columns; /* of B at a time; divides 128 */
+    int panel_columns; /* of B at a time */
     /* panels[column * rank + r * panel_columns + i] = b[(column + i) * rank + r], column a multiple of panel_columns; zeros behind N. */
     void (*pack)(const float *b, int64_t rank, int64_t out_features, float *panels);
     /* For each part: low[i * low_stride + r] = scale * sum_k x[row i, k] a[r * K + k] */
     void (*shrink)(const plora_matrix *x, const struct cpu_batch_rows *rows, const struct cpu_batch_part *parts,
                    int32_t part_count);
-    /* y[row i, n] += sum_r low[i * low_stride + r] b[n * R + r] for begin <= n < end; panel: R * panel_columns, for a slot
-     * without panels of its own. */
+    /* y[row i, n] += sum_r low[i * low_stride + r] b[n * R + r] for begin <= n < end; begin is a multiple of
+     * panel_columns; panel: room for as many panels as cover them, for a slot without panels of its own. */
     void (*expand)(const plora_matrix *y, const struct cpu_batch_rows *rows, const struct plora__batch_slot *slot,
                    const float *low, int64_t low_stride, int64_t begin, int64_t end, float *panel);
 };

@@ -1,9 +1,9 @@
 /* cpu_batch.c: many adapters in one batch: y[t] += s (x[t] A^T) B^T, in two passes over the segments (batch_kernels.h).
  *
  *     low[tokens, R] = s x A^T     by tiles of tokens: rows of x are read where they lie, for all targets at once; A stays in the cache
- *     y += low B^T                 by (target, segment, CHUNK columns): each part of B is read and turned round once
+ *     y += low B^T                 by (target, segment, chunk of columns): each chunk of B is read and turned round once
  *
- * Workspace: [low of each target][a panel of B for each thread]. Nothing is shared with other calls, and no lock is taken. */
+ * Workspace: [low of each target][panels of a chunk of B for each thread]. Nothing is shared with other calls, and no lock is taken. */
 #include <string.h>
 
 #include "batch_kernels.h"
@@ -11,7 +11,8 @@
 #include "isa.h"
 #include "threads.h"
 
-enum { CHUNK = 128, ALIGNMENT = 64 };
+/* PANELS: bytes of B that a thread turns round at a time, unless one panel of a high rank is larger. */
+enum { PANELS = 1 << 16, ALIGNMENT = 64 };
 
 static size_t align(size_t bytes)
 {
@@ -31,15 +32,16 @@ static int64_t most_rank(const struct plora__batch_args *args)
     return most;
 }
 
-static size_t panel_bytes(const struct cpu_batch_kernels *kernels, const struct plora__batch_args *args)
+static size_t panels_bytes(const struct cpu_batch_kernels *kernels, const struct plora__batch_args *args)
 {
-    return align((size_t)(most_rank(args) * kernels->panel_columns) * sizeof(float));
+    const size_t panel = align((size_t)(most_rank(args) * kernels->panel_columns) * sizeof(float));
+    return panel > PANELS ? panel : PANELS;
 }
 
 size_t cpu_batch_workspace_with(const struct cpu_batch_kernels *kernels, int threads,
                                 const struct plora__batch_args *args)
 {
-    size_t bytes = (size_t)threads * panel_bytes(kernels, args);
+    size_t bytes = (size_t)threads * panels_bytes(kernels, args);
     for (int32_t i = 0; i < args->target_count; ++i)
         bytes += low_bytes(args, i);
     return bytes;
@@ -50,14 +52,26 @@ struct run {
     const struct cpu_batch_kernels *kernels;
     const struct plora__batch_args *args;
     float *low[PLORA__BATCH_TARGETS];
+    int64_t chunks[PLORA__BATCH_TARGETS]; /* columns of one */
     int64_t pieces[PLORA__BATCH_TARGETS + 1];
     char *panels;
-    size_t panel_bytes;
+    size_t panels_bytes;
 };
 
-static int64_t chunks_of(const struct plora__batch_target *target)
+/* As many columns as fit in PANELS bytes, but no fewer chunks of all segments than threads; whole panels. Results do not depend on it. */
+static int64_t chunk_of(const struct cpu_batch_kernels *kernels, int threads, int32_t segments,
+                        const struct plora__batch_target *target)
 {
-    return (target->out_features + CHUNK - 1) / CHUNK;
+    const int64_t width = kernels->panel_columns, panels = (target->out_features + width - 1) / width;
+    const int64_t most = PANELS / (int64_t)sizeof(float) / (width * (target->max_rank > 0 ? target->max_rank : 1));
+    int64_t share = segments >= threads ? panels : (panels * segments + threads - 1) / threads;
+    if (share > most) share = most;
+    return (share < 1 ? 1 : share) * width;
+}
+
+static int64_t chunks_of(const struct run *run, int32_t target)
+{
+    return (run->args->targets[target].out_features + run->chunks[target] - 1) / run->chunks[target];
 }
 
 static void shrink_tile(const struct run *run, int32_t tile)
@@ -84,27 +98,28 @@ static void expand_piece(const struct run *run, int64_t piece, int thread)
     while (piece >= run->pieces[i + 1])
         ++i;
     const struct plora__batch_target *target = &args->targets[i];
-    const int64_t chunks = chunks_of(target), inside = piece - run->pieces[i];
+    const int64_t chunk = run->chunks[i], chunks = chunks_of(run, i), inside = piece - run->pieces[i];
     const struct plora__batch_segment *segment = &args->segments[inside / chunks];
-    const int64_t begin = inside % chunks * CHUNK;
-    const int64_t end = target->out_features - begin < CHUNK ? target->out_features : begin + CHUNK;
+    const int64_t begin = inside % chunks * chunk;
+    const int64_t end = target->out_features - begin < chunk ? target->out_features : begin + chunk;
     const struct cpu_batch_rows rows = {args->list, segment->first, segment->count};
     if (segment->slot < 0) return;
     const struct plora__batch_slot *slot = &args->adapters[segment->slot][target->weight];
     if (slot->rank == 0) return;
-    char *panel = run->panels + (size_t)thread * run->panel_bytes;
+    char *panels = run->panels + (size_t)thread * run->panels_bytes;
     run->kernels->expand(&target->y, &rows, slot, run->low[i] + rows.first * target->max_rank, target->max_rank, begin,
-                         end, (float *)panel);
+                         end, (float *)panels);
 }
 
 void cpu_batch_forward_with(const struct cpu_batch_kernels *kernels, int threads, const struct plora__batch_args *args)
 {
-    struct run run = {.kernels = kernels, .args = args, .panel_bytes = panel_bytes(kernels, args)};
+    struct run run = {.kernels = kernels, .args = args, .panels_bytes = panels_bytes(kernels, args)};
     char *workspace = args->workspace;
     for (int32_t i = 0; i < args->target_count; ++i) {
         run.low[i] = (float *)workspace;
         workspace += low_bytes(args, i);
-        run.pieces[i + 1] = run.pieces[i] + args->segment_count * chunks_of(&args->targets[i]);
+        run.chunks[i] = chunk_of(kernels, threads, args->segment_count, &args->targets[i]);
+        run.pieces[i + 1] = run.pieces[i] + args->segment_count * chunks_of(&run, i);
     }
     run.panels = workspace;
     (void)threads; /* unused without OpenMP */
