@@ -134,3 +134,11 @@ def test_diverged_runs_are_no_winners(texts):
             done[key] = {**run, "diverged": 7, "tune_loss": None, "test_loss": None, "train_loss": None, "update": None}
     text = conclusions.in_short(report.Report(done))
     assert "rate 3e-2" not in text.split("Rule of thumb")[1].split("\n")[0]
+
+
+def test_one_seed_is_said_to_be_one(texts):
+    plan, report, conclusions = (texts[name] for name in ("plan", "report", "conclusions"))
+    runs = [{"lr": 1e-2, "seed": 1}, {**plan.PLORA, "lr": 1e-2, "seed": 1}]
+    done = {plan.key_of(run): record(plan, run, 1.2 if "method" in run else 1.5) for run in runs}
+    text = conclusions.in_short(report.Report(done))
+    assert "same rank:** in one seed: reproduces. " in text and "1.60 (one seed)" in text

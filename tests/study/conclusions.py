@@ -30,6 +30,8 @@ def sign(values):
 
 def so_far(verdict, rows, whole=True):
     """A verdict over runs of which some are missing is said to be one."""
+    if all(len(row.records) < 2 for row in rows):
+        return f"in one seed: {verdict}"
     return verdict if whole and not any(row.unfinished() for row in rows) else f"{verdict} so far"
 
 

@@ -29,8 +29,8 @@ RESTARTS = {"method": "restarts", "period": 400}
 FULL = {"method": "full", "rank": 0}
 PERIODS, GRID_RATES, GRID_STEPS = (50, 100, 200, 500), (3e-3, 1e-2, 3e-2), 2000  # of claim 3
 SHORT = 800  # steps of the short runs of claim 4
-REAL = {"kind": "smollm", "model": "SmolLM2-135M", "steps": 200, "warmup": 5}
-REAL_PLORA = {**PLORA, "period": 50}
+REAL = {"kind": "smollm", "model": "SmolLM2-135M", "steps": 160, "warmup": 5}
+REAL_PLORA = {**PLORA, "period": 40}
 CONTEXTS = [  # of claim 2
     ("LLaMA-like", {"model": "small-llama", "task": "gsm", "steps": 4000}),
     ("GPT-2-like", {"model": "small-gpt2", "task": "gsm", "steps": 4000}),
@@ -151,5 +151,5 @@ def schedule(done, part=None):
 def cost_of(settings):
     """In steps of a small fp32 model."""
     full = {**DEFAULTS, **settings}
-    each = 150.0 if full["kind"] == "smollm" else 1.3 if full["dtype"] == "bf16" else 1.0
+    each = 240.0 if full["kind"] == "smollm" else 1.3 if full["dtype"] == "bf16" else 1.0
     return full["steps"] * each * (1.7 if full["model"] == "llama" else 1.0)
