@@ -18,6 +18,7 @@ from . import _abi
 from ._abi import plora_matrix
 from ._native import Error, InvalidArgument, check, lib
 from ._torch_quantised import QuantisedWeight
+from ._torch_shards import Place, arrived, is_dtensor, local, parallel_forward
 
 DELTA, DROPOUT = _abi.PLORA_LINEAR_DELTA_ONLY, _abi.PLORA_LINEAR_DROPOUT
 ACTIVATIONS = {torch.float32: _abi.PLORA_F32, torch.bfloat16: _abi.PLORA_BF16}
@@ -43,22 +44,34 @@ def matrix(rows: torch.Tensor) -> plora_matrix:
 class Layer:
     """One adapted module: what a call needs, looked up once."""
 
-    __slots__ = ("adapters", "conv", "index", "inputs", "library", "name", "outputs", "pointer", "quantised")
+    __slots__ = (
+        "adapters", "adds_bias", "conv", "gathered", "index", "inputs", "library", "name", "outputs", "place", "pointer", "quantised",
+    )  # fmt: skip
 
     def __init__(
-        self, adapters: Any, name: str, index: int, module: Any, conv: bool, library: bool, quantised: Optional[QuantisedWeight]
-    ) -> None:
+        self, adapters: Any, name: str, index: int, module: Any, conv: bool, library: bool, quantised: Optional[QuantisedWeight],
+        place: Optional[Place],
+    ) -> None:  # fmt: skip
         self.adapters, self.name, self.index, self.conv, self.library = adapters, name, index, conv, library
-        weight, self.quantised = module.weight, quantised
+        self.quantised = quantised
+        self.gathered = place is not None and place.gathered  # then products see the whole weight
+        self.place = None if self.gathered else place
+        weight = module.weight if self.gathered else local(module.weight)
         shape = weight.shape if quantised is None else quantised.described.shape
         self.inputs, self.outputs = (shape[0], shape[1]) if conv else (shape[1], shape[0])
-        self.pointer = weight.data_ptr()
+        self.pointer = local(module.weight).data_ptr()
+        # Of column shards y is summed over the ranks: one of them adds the bias.
+        self.adds_bias = self.place is None or self.place.by_rows or self.place.mesh.get_local_rank(0) == 0
 
     # ---------------------------------------------------------------------------------------------------- torch's part
 
+    def bias(self, module: Any) -> Optional[torch.Tensor]:
+        return None if module.bias is None or not self.adds_bias else local(module.bias)
+
     def base(self, module: Any, x: torch.Tensor) -> torch.Tensor:
         """x W^T + bias in x's dtype."""
-        weight, bias = module.weight if self.quantised is None else self.dequantised(x.dtype), module.bias
+        weight = local(module.weight) if self.quantised is None else self.dequantised(x.dtype)
+        bias = self.bias(module)
         if weight.dtype != x.dtype:
             weight = weight.to(x.dtype)
         if bias is not None and bias.dtype != x.dtype:
@@ -78,7 +91,7 @@ class Layer:
         return out
 
     def base_backward(self, module: Any, dy: torch.Tensor) -> torch.Tensor:
-        weight = module.weight
+        weight = local(module.weight)
         if weight.dtype != dy.dtype:
             weight = weight.to(dy.dtype)
         return torch.mm(dy, weight.t() if self.conv else weight)
@@ -156,6 +169,7 @@ class Layer:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any, parameter: Any, bias: Any, layer: Layer, module: Any, mask: Any) -> torch.Tensor:
+        x = arrived(x)
         ctx.save_for_backward(x)
         ctx.layer, ctx.module, ctx.mask, ctx.version = layer, module, mask, parameter._version
         return layer.forward(module, x, mask)
@@ -170,6 +184,7 @@ class _Linear(torch.autograd.Function):
                 f"layer '{layer.name}': adapters or weights changed between forward and backward (an optimizer step, an unload)"
             )
         adapters.open_gradients()
+        dy = arrived(dy)
         dx = layer.backward(ctx.module, x, dy, ctx.needs_input_grad[0], ctx.mask)
         dbias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
         return dx, None, dbias, None, None, None
@@ -178,11 +193,23 @@ class _Linear(torch.autograd.Function):
 def adapted_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     """forward() of an adapted module."""
     layer = module._plora_layer
+    if layer.place is not None:
+        return parallel_forward(layer.name, layer.place, lambda part: _forward_here(module, layer, part), x)
+    return _forward_here(module, layer, x)
+
+
+def _forward_here(module: Any, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+    """Of the weight that this process computes with."""
     adapters = layer.adapters
     if not adapters.enabled:
         return layer.base(module, x)
-    weight = module.weight
-    if weight.data_ptr() != layer.pointer and not adapters.sharded:
+    weight = local(module.weight)
+    if layer.gathered:
+        if is_dtensor(module.weight):
+            raise Error(
+                f"the weight of layer '{layer.name}' is not gathered: call the module that fully_shard() was applied to, as a module"
+            )
+    elif weight.data_ptr() != layer.pointer:
         raise Error(f"the weight of layer '{layer.name}' was moved or replaced after attach(): detach() first, then attach again")
     if weight.requires_grad:
         raise InvalidArgument(f"the weight of layer '{layer.name}' requires a gradient: only its adapter is trained")
@@ -199,5 +226,5 @@ def adapted_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
         raise InvalidArgument(f"layer '{layer.name}': x is {x.dtype}: must be float32, bfloat16 or float16")
     mask = adapters.mask() if adapters.dropout > 0.0 and module.training else None
     if not torch.is_grad_enabled():
-        return layer.forward(module, x, mask)
-    return _Linear.apply(x, adapters.parameter, module.bias, layer, module, mask)
+        return layer.forward(module, arrived(x), mask)
+    return _Linear.apply(x, adapters.parameter, layer.bias(module), layer, module, mask)

@@ -2,7 +2,7 @@
 
 Taken: nn.Linear (W [N,K]) and transformers' Conv1D (W [K,N]), and subclasses that compute as these do; what bitsandbytes has
 quantised (_torch_quantised.py). Refused by name: weights of another dtype or layout, quantised otherwise (torchao, GPTQ, AWQ ...), those
-that are not there (meta).
+that are not there (meta). Weights that are DTensors are _torch_shards.py's.
 """
 
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
@@ -10,8 +10,9 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Set, Tuple
 import torch
 from torch import nn
 
-from . import _abi, _torch_quantised
+from . import _abi, _torch_quantised, _torch_shards
 from ._native import InvalidArgument, Unsupported
+from ._torch_shards import Place, local
 
 DTYPES = {torch.float32: _abi.PLORA_F32, torch.bfloat16: _abi.PLORA_BF16, torch.float16: _abi.PLORA_F16}
 HEADS = ("lm_head", "embed_out", "output_projection")
@@ -24,6 +25,7 @@ class Found(NamedTuple):
     swapped: bool  # memory is [K,N], as Conv1D has it
     head: bool
     problem: str  # why it cannot have an adapter; "" = it can
+    place: Optional[Place] = None  # of a DTensor weight
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -32,11 +34,6 @@ def is_conv1d(module: nn.Module) -> bool:
 
 def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or is_conv1d(module)
-
-
-def local(weight: torch.Tensor) -> torch.Tensor:
-    """The part of a DTensor that this rank holds; any other tensor itself."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def memory_swapped(module: nn.Module) -> Optional[bool]:
@@ -73,7 +70,7 @@ def _problem(module: nn.Module) -> str:
     base: Any = nn.Linear if isinstance(module, nn.Linear) else next(k for k in kind.__mro__ if k.__name__ == "Conv1D")
     if kind.forward is not base.forward or "forward" in module.__dict__:
         return f"is a {kind.__module__}.{kind.__name__}, whose forward() is its own"
-    if type(weight) not in (nn.Parameter, torch.Tensor):  # DTensor among them
+    if type(weight) not in (nn.Parameter, torch.Tensor) and not _torch_shards.is_dtensor(weight):
         return f"has a weight of type {type(weight).__name__}"
     if hasattr(module, "parametrizations"):
         return "has a parametrized weight"
@@ -86,15 +83,19 @@ def find(model: nn.Module) -> Iterator[Found]:
     """Every linear module in the order of named_modules()."""
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     inside_attention = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    gathered = _torch_shards.gathered(model)
     for name, module in model.named_modules():
         if not is_linear(module):
             continue
         problem = _problem(module)
         if id(module) in inside_attention:
             problem = "is computed inside nn.MultiheadAttention, which does not call it"
+        place = None
+        if not problem and _torch_shards.is_dtensor(module.weight):
+            place, problem = _torch_shards.place_of(module.weight, is_conv1d(module), id(module) in gathered)
         head = module is output or name.rpartition(".")[2] in HEADS
         swapped = not problem and not _torch_quantised.is_quantised(module) and memory_swapped(module)
-        yield Found(name or "linear", module, bool(swapped), head, problem)
+        yield Found(name or "linear", module, bool(swapped), head, problem, place)
 
 
 def refuse(found: List[Found], targeted: Set[str]) -> None:

@@ -24,15 +24,17 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Set, Tuple, Uni
 import torch
 from torch import nn
 
-from . import _abi, _handles, _torch_modules, _torch_quantised
-from ._handles import Adapter, Ledger, StepReport, UnloadReport, choice
+from . import _abi, _handles, _torch_modules, _torch_quantised, _torch_shards
+from ._handles import Adapter, Ledger, UnloadReport, choice
 from ._native import Error, InvalidArgument, NotFound, Unsupported
 from ._torch_linear import Layer, adapted_forward
+from ._torch_optimizers import CHECKPOINT as _CHECKPOINT
+from ._torch_optimizers import SGD, AdamW
+from ._torch_optimizers import Optimizer as _Optimizer
 from ._torch_quantised import QuantisedWeight
+from ._torch_shards import local
 
 __all__ = ["AdamW", "Adapters", "SGD", "attach", "from_pretrained"]
-
-_CHECKPOINT = "plora_checkpoint"  # in state dicts: the library's own file, as bytes
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -158,7 +160,7 @@ class Adapters:
         self.model, self._core, self.device, self.dropout = model, core, device, dropout
         self._has_master = has_master and bool(quantised)
         self.handle = core.handle
-        self.enabled, self.sharded = True, False
+        self.enabled = True
         self._trainable = trainable
         self._lock = threading.RLock()
         self._mask_step, self._mask_steps = 0, {}  # type: int, Dict[int, int]
@@ -177,11 +179,14 @@ class Adapters:
                     continue
                 self._modules[layer.name] = layer.module
         conv = {layer.name: _torch_modules.is_conv1d(layer.module) for layer in found}
+        places = {layer.name: layer.place for layer in found}
+        self._group = _torch_shards.Group(model, [(name, places[name]) for name in self._modules])
         for name, module in self._modules.items():
             library = name in quantised or base == "library" or (
                 base == "auto" and device.type == "cpu" and _library_is_faster(module.weight.dtype)
             )
-            layer_of = Layer(self, name, indices[name], module, conv[name], library, quantised.get(name))
+            library = library and not self._group.gathered
+            layer_of = Layer(self, name, indices[name], module, conv[name], library, quantised.get(name), places[name])
             module.__dict__["_plora_layer"] = layer_of
             module.__class__ = _adapted_class(type(module))
         first = next(iter(self._modules.values()))
@@ -222,8 +227,7 @@ class Adapters:
         """
         drawn = int(torch.randint(1 << 62, ()))
         step = self._mask_steps.setdefault(drawn, self._mask_step)
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        return step, torch.distributed.get_rank() if distributed else 0
+        return step, self._group.dropout_rank()
 
     @contextlib.contextmanager
     def at(self, mask: Tuple[int, int], tokens: int) -> Iterator[None]:
@@ -304,7 +308,8 @@ class Adapters:
         optimizer: ours, or one of torch.optim over adapters.parameters, whose state is reset (m = 1) or scaled (m < 1). moments:
         "default", "reset", "keep". rounding: "default" (16-bit weights keep a residual), "nearest", "stochastic", "residual".
         Quantised weights without a master are Unsupported, with the share that they would hold; without_master: unloads all the same.
-        Returns what each weight could hold of it; report = False is quicker and returns None.
+        Returns what each weight could hold of it; report = False is quicker and returns None. Of weights that are sharded each
+        rank writes its own part, which the report is of; all ranks call it, and all raise when one fails.
         """
         self._check_attached()
         own = optimizer if isinstance(optimizer, _Optimizer) else getattr(optimizer, "optimizer", None)  # accelerate's wrapper
@@ -313,7 +318,8 @@ class Adapters:
             raise InvalidArgument("the optimizer belongs to other adapters")
         foreign = optimizer if own is None and optimizer is not None else None
         scale = _foreign_scale(foreign, self.parameters, momentum, moments) if foreign is not None else None
-        with self._lock:
+        with self._lock, self._together():
+            weights = self._weights()
             result = self._core.unload(
                 own.core if own else None, momentum=momentum, moments=moments if own else "default", rounding=rounding,
                 without_master=without_master, report=report, stream=self.stream(),
@@ -323,20 +329,83 @@ class Adapters:
             if scale is not None:
                 scale()
             self.parameters.grad = self.gradients
-            torch.autograd.graph.increment_version([_torch_modules.local(m.weight) for m in self._modules.values()])
+            torch.autograd.graph.increment_version(weights)
             self._changed()
         return result
 
+    def _weights(self) -> List[torch.Tensor]:
+        """What unloads write: of sharded weights this rank's parts."""
+        _torch_shards.reshard(self._group.fsdp_modules)
+        weights = [local(module.weight) for module in self._modules.values()]
+        for weight, (name, module) in zip(weights, self._modules.items()):
+            if self._group.places and weight.data_ptr() != module._plora_layer.pointer:
+                raise Error(f"the shard of layer '{name}' was moved or replaced after attach(): detach() first, then attach again")
+        return weights
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[None]:
+        """Ends alike on all ranks that hold parts of the weights."""
+        if not self._group.places:
+            yield
+            return
+        failure: Optional[Exception] = None
+        try:
+            yield
+        except Exception as error:  # raised below, once the others know
+            failure = error
+        if self._group.failed_elsewhere(failure is not None, self.device):
+            raise failure or Error(
+                "the unload failed on another rank, here it is done: the shards are of different stages. Go back to a checkpoint"
+            )
+
+    def reduce_gradients(self) -> None:
+        """Once before each step, on all ranks: makes the gradients of sharded weights whole. Nothing to do for others.
+
+        FSDP2: the mean over the mesh, as it takes of its own. Tensor parallel: the sum of what each rank has a part of, dA of row
+        shards and dB of column shards. The mean over data-parallel ranks of a tensor-parallel model is the host's, as ever.
+        """
+        self._check_attached()
+        self.open_gradients()
+        if self._group.gathered:
+            self._group.all_reduce(self.gradients)
+            self.gradients.div_(self._group.mesh.size())
+        elif self._group.parallel:
+            parts = [part for name, place in self._group.places.items() for part in self._gradient_parts(name, place)[:1]]
+            flat = torch.cat([part.reshape(-1) for part in parts])
+            self._group.all_reduce(flat)
+            for part, whole in zip(parts, flat.split([part.numel() for part in parts])):
+                part.copy_(whole.view_as(part))
+
+    def _gradient_parts(self, name: str, place: _torch_shards.Place) -> Tuple[torch.Tensor, torch.Tensor]:
+        """(the gradient that all ranks have, once summed; the one that is this rank's own)"""
+        adapter = self.layer(name)
+        parts = (adapter.a_gradient, adapter.b_gradient)
+        return parts if place.by_rows else (parts[1], parts[0])
+
+    def gradient_norm(self) -> float:
+        """L2 norm of the gradients, over all shards where layers are tensor parallel; then a call for all ranks."""
+        self.open_gradients()
+        squares = self.gradients.double().square()
+        if not self._group.parallel:
+            return float(squares.sum().sqrt())
+        own = sum(
+            self._gradient_parts(name, place)[1].double().square().sum() for name, place in self._group.places.items()
+        )
+        shared = torch.cat([squares.sum().reshape(1), own.reshape(1)])
+        everywhere = own.reshape(1).clone()
+        self._group.all_reduce(everywhere)
+        return float((shared[0] - shared[1] + everywhere[0]).clamp(min=0.0).sqrt())
+
     def digest(self, weights: bool = True) -> str:
         """A hash of the stage, of A and B, and of the weights they are merged into, of quantised ones codes and scales: equal on
-        ranks that agree, to the bit."""
+        ranks that agree, to the bit. Ranks that hold shards differ in these: compare digest(weights=False) under FSDP2."""
         self._check_attached()
         state = hashlib.blake2b(str(self.stage).encode(), digest_size=16)
         tensors = [self.parameters.detach()]
         if weights:
-            for module in self._modules.values():
+            for weight, module in zip(self._weights(), self._modules.values()):
                 quantised = module._plora_layer.quantised
-                tensors += quantised.tensors() if quantised else [_torch_modules.local(module.weight).detach()]
+                tensors += quantised.tensors() if quantised else [weight.detach()]
         for tensor in tensors:
             part = tensor.cpu() if tensor.is_contiguous() else tensor.cpu().contiguous()
             if part.numel():
@@ -357,6 +426,8 @@ class Adapters:
     def save_pretrained(self, directory: Union[str, "os.PathLike[str]"], **_: Any) -> None:
         """The live adapter as PEFT saves it. What was unloaded is in the model's weights."""
         self._check_attached()
+        if self._group.parallel:
+            raise Unsupported("the layers are tensor parallel: each rank holds a part of the adapter, and PEFT has no format for parts")
         self._core.save(directory)
 
     def _checkpoint(self, optimizer: Optional["_Optimizer"], masters: bool = False) -> torch.Tensor:
@@ -402,6 +473,7 @@ class Adapters:
 
     def detach(self) -> None:
         """Gives the model back as it was, its weights with all unloads. The live adapter is dropped: unload() first to keep it."""
+        _torch_shards.reshard(self._group.fsdp_modules)
         for name, module in self._modules.items():
             module._parameters.pop("plora", None)
             module.__dict__.pop("_plora_layer", None)
@@ -500,6 +572,9 @@ def _attach(
         raise InvalidArgument(f"a {type(model).__name__} is no torch.nn.Module")
     if hasattr(model, "_orig_mod") or isinstance(model, nn.parallel.DistributedDataParallel):
         raise InvalidArgument(f"attach() comes before {type(model).__name__}: give it the model inside")
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise Unsupported("FullyShardedDataParallel keeps weights in flat vectors: use fully_shard(), FSDP2")
+    _torch_shards.reshard(_torch_shards.fsdp_modules(model))
     choice("base", base, {"auto": 0, "torch": 1, "library": 2})
     found = list(_torch_modules.find(model))
     if not found:
@@ -512,7 +587,7 @@ def _attach(
     _torch_modules.refuse_shared(model, found, targeted)
     usable = [layer for layer in found if not layer.problem]
     device = _torch_modules.device_of([layer for layer in usable if layer.name in targeted] or usable)
-    usable = [layer for layer in usable if _torch_modules.local(layer.module.weight).device == device]
+    usable = [layer for layer in usable if local(layer.module.weight).device == device]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     _check_originals(originals, usable, master)
@@ -547,12 +622,19 @@ def _attach(
 
 
 def _add_linear(model: _handles.Model, layer: _torch_modules.Found) -> int:
-    weight, bias = layer.module.weight, layer.module.bias
+    weight, place = local(layer.module.weight), layer.place
+    gathered = place is not None and place.gathered
+    bias = None if layer.module.bias is None or gathered else local(layer.module.bias)
+    if place is not None and not place.by_rows and not gathered and place.mesh.get_local_rank(0) > 0:
+        bias = None  # one rank adds it
     rows = weight if weight.stride(1) == 1 else weight.t()
     dtype = _torch_modules.DTYPES[weight.dtype]
     matrix = _abi.plora_matrix(rows.data_ptr(), rows.shape[0], rows.shape[1], rows.stride(0), dtype, 0)
     address, bias_dtype = (None, 0) if bias is None else (bias.data_ptr(), _torch_modules.DTYPES[bias.dtype])
-    return model.add_matrix(layer.name, matrix, address, bias_dtype, layer.swapped, layer.head, (weight, bias))
+    return model.add_matrix(
+        layer.name, matrix, address, bias_dtype, layer.swapped, layer.head, (weight, bias),
+        shard=None if place is None else place.shard, gathered=gathered,
+    )  # fmt: skip
 
 
 def _add_quantised(
@@ -666,133 +748,3 @@ def from_pretrained(
         "workspace_tokens": workspace_tokens,
     }  # fmt: skip
     return _attach(model, options, base, threads, deterministic, master, originals)
-
-
-# ----------------------------------------------------------------------------------------------------------- optimizers
-
-
-class _Optimizer(torch.optim.Optimizer):
-    """The library's optimizer as one of torch.optim, so that schedulers, Trainer and accelerate take it."""
-
-    def __init__(self, adapters: Adapters, lr: float, **options: Any) -> None:
-        if not isinstance(adapters, Adapters):
-            raise InvalidArgument(f"a {type(adapters).__name__} is no set of adapters: the result of attach() is")
-        adapters._check_attached()
-        self.adapters = adapters
-        self.core = _handles.Optimizer(adapters.core, lr, **options)
-        self.last_step: Optional[StepReport] = None
-        self._rate = float(lr)
-        super().__init__([adapters.parameters], {"lr": float(lr)})
-
-    @property
-    def learning_rate(self) -> float:
-        """Of A in the next step: the group's lr times the schedule's factor."""
-        self._take_rate()
-        return self.core.learning_rate
-
-    def _take_rate(self) -> None:
-        """A scheduler of the host's has written the group's lr."""
-        rate = float(self.param_groups[0]["lr"])
-        if rate != self._rate:
-            self.core.set_learning_rate(rate)
-            self._rate = rate
-
-    @torch.no_grad()
-    def step(self, closure: Any = None, *, gradient_scale: float = 1.0, report: bool = False) -> Any:  # type: ignore[override]
-        """One update from the gradients times gradient_scale. NonFinite: nothing changed, not counted.
-
-        Returns what the closure does. report: last_step gets gradient norm, rate and count; on CUDA that waits for the device.
-        """
-        self.adapters._check_attached()
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._take_rate()
-        self.adapters.open_gradients()
-        self.last_step = self.core.step(gradient_scale, report, self.adapters.stream())
-        self.adapters._changed()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Sets the gradient arena to 0; it stays the parameter's .grad."""
-        self.core.zero_gradients(self.adapters.stream())
-        self.adapters.parameters.grad = self.adapters.gradients
-
-    def reset(self) -> None:
-        """Moments, step counter and schedule, as an unload does."""
-        self.core.reset(self.adapters.stream())
-
-    def add_param_group(self, group: Dict[str, Any]) -> None:
-        if getattr(self, "param_groups", None):
-            raise Unsupported("the optimizer is of its adapters alone: give other parameters one of their own")
-        super().add_param_group(group)
-
-    def state_dict(self) -> Dict[str, Any]:
-        """Adapters, moments, counters, stage, schedule and residuals, to the bit; and the groups as torch has them."""
-        self._take_rate()
-        state = super().state_dict()
-        state["state"] = {}
-        state[_CHECKPOINT] = self.adapters._checkpoint(self)
-        state["dropout_step"] = self.adapters._mask_step
-        return state
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Into an optimizer made with the same options. Loads the adapters, too. An error has changed nothing."""
-        if _CHECKPOINT not in state:
-            raise InvalidArgument(f"no state of this optimizer: it has no '{_CHECKPOINT}'")
-        self._take_rate()
-        before = self._rate
-        saved = float(state["param_groups"][0]["lr"])
-        self.core.set_learning_rate(saved)
-        try:
-            self.adapters._restore(state[_CHECKPOINT], self)
-        except Error:
-            self.core.set_learning_rate(before)
-            raise
-        self._rate = saved
-        self.adapters._mask_step = int(state.get("dropout_step", 0))
-        super().load_state_dict({"state": {}, "param_groups": state["param_groups"]})
-
-    def __reduce_ex__(self, _: Any) -> Any:
-        raise TypeError("the optimizer cannot be pickled or copied: it owns memory of libplora. Use state_dict()")
-
-    def __deepcopy__(self, _: Any) -> Any:
-        return self.__reduce_ex__(None)
-
-    def __repr__(self) -> str:
-        return f"<plora.torch.{type(self).__name__} lr={self.param_groups[0]['lr']}>"
-
-
-class AdamW(_Optimizer):
-    """AdamW (arXiv 1711.05101) over all adapters in one pass.
-
-    lr            of A at the schedule's top; B has b_ratio times that (LoRA+)
-    schedule      "constant", "linear", "cosine": over `period` steps of a stage, `warmup` of them rising, down to `final` of it;
-                  each unload that resets the optimizer restarts it. "relora": one cosine over `period` steps in all, and `rewarmup`
-                  steps after each unload
-    clip          bound of the gradients' global L2 norm; 0 = none
-    """
-
-    def __init__(
-        self, adapters: Adapters, lr: float = 2e-4, *, betas: Tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, schedule: str = "constant", warmup: int = 0, period: int = 1000, rewarmup: int = 0,
-        final: float = 0.0, b_ratio: float = 1.0, clip: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            adapters, lr, betas=betas, eps=eps, weight_decay=weight_decay, schedule=schedule, warmup=warmup, period=period,
-            rewarmup=rewarmup, final=final, b_ratio=b_ratio, clip=clip,
-        )  # fmt: skip
-
-
-class SGD(_Optimizer):
-    """m = momentum m + g;  p <- p (1 - lr weight_decay) - lr m. The rest as AdamW."""
-
-    def __init__(
-        self, adapters: Adapters, lr: float, *, momentum: float = 0.0, weight_decay: float = 0.0, schedule: str = "constant",
-        warmup: int = 0, period: int = 1000, rewarmup: int = 0, final: float = 0.0, b_ratio: float = 1.0, clip: float = 0.0,
-    ) -> None:  # fmt: skip
-        super().__init__(
-            adapters, lr, algorithm="sgd", betas=(momentum, 0.999), weight_decay=weight_decay, schedule=schedule,
-            warmup=warmup, period=period, rewarmup=rewarmup, final=final, b_ratio=b_ratio, clip=clip,
-        )  # fmt: skip
