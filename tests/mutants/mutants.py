@@ -409,7 +409,7 @@ MUTANTS = [
     Mutant("panel_stride", "dequantise.cu",
            "    place.out = row * p.stride + column;\n",
            "    place.out = row * p.columns + column;\n",
-           DEQUANTISE, VALUE),
+           DEQUANTISE, VALUE + "|CHECK\\(element|" + BLOCKS + "|" + ALIGNED),
     Mutant("panel_row_end", "dequantise.cu",
            "place.valid - 4,",
            "4,",
