@@ -22,7 +22,7 @@ static void seal_header(unsigned char *bytes, size_t size)
     struct plora__ledger_layer *layers = (struct plora__ledger_layer *)(header + 1);
     const uint64_t names = 64 + 64 * header->layer_count;
     for (uint32_t i = 0; i < header->layer_count && names < header->bytes; ++i) { /* mostly plausible layers */
-        if (layers[i].reserved % 4 == 3) continue;
+        if (layers[i].gathered % 4 == 3) continue;
         if (layers[i].name_offset < names || layers[i].name_offset >= header->bytes)
             layers[i].name_offset = names + layers[i].name_offset % (header->bytes - names);
         layers[i].name_bytes =
@@ -31,6 +31,9 @@ static void seal_header(unsigned char *bytes, size_t size)
         layers[i].in_features = plausible(layers[i].in_features);
         layers[i].out_features = plausible(layers[i].out_features);
         layers[i].fan_in_fan_out &= 1;
+        layers[i].gathered &= 1;
+        layers[i].first_element &= INT64_MAX;
+        layers[i].row_elements &= INT64_MAX;
     }
     header->table_hash = plora__hash(header + 1, header->bytes - sizeof *header, 0);
     header->hash = plora__hash(header, offsetof(struct plora__ledger_header, hash), 0);

@@ -242,7 +242,7 @@ def test_tensor_parallel(hidden, clip, optimizer):
     seen = train_network(model, adapters, clip, optimizer)
     cut = -(-hidden // 2)
     halves = slice(0, cut), slice(cut, hidden)
-    for half, (fresh, dx, plain_there, seen_there, weights, factors, detached) in zip(halves, parts):
+    for half, (fresh, dx, plain_there, seen_there, weights, factors, _) in zip(halves, parts):
         assert torch.equal(torch.from_numpy(fresh[0]), first)  # A of a row shard is the whole one's
         assert torch.equal(torch.from_numpy(fresh[1]), second[:, half])  # and of a column shard its columns
         torch.testing.assert_close(torch.from_numpy(dx), x.grad, rtol=1e-5, atol=1e-6)
@@ -257,9 +257,8 @@ def test_tensor_parallel(hidden, clip, optimizer):
             want_a, want_b = (whole.a, whole.b[half]) if rows else (whole.a[:, half], whole.b)
             assert not (torch.from_numpy(a) - want_a).norm() > 2e-3 * want_a.norm()
             assert not (torch.from_numpy(b) - want_b).norm() > 5e-3 * want_b.norm()
-    for i in (0, 1):  # what is replicated is so to the bit: A of the first layer, B of the second
-        assert (parts[0][5][0][0] == parts[1][5][0][0]).all()
-        assert (parts[0][5][1][1] == parts[1][5][1][1]).all()
+    assert (parts[0][5][0][0] == parts[1][5][0][0]).all()  # what is replicated is so to the bit: A of the first layer
+    assert (parts[0][5][1][1] == parts[1][5][1][1]).all()  # and B of the second
     adapters.detach()
     for part in parts:
         torch.testing.assert_close(torch.from_numpy(part[6]), model(x).detach(), rtol=1e-3, atol=1e-3)
