@@ -144,7 +144,7 @@ def claim4(report):
     text = []
     for steps in (4000, plan.SHORT):
         found, _ = forms(report, steps)
-        if found:
+        if len(found) > 1:
             values, row = found[0]
             gain = sum(sign(pair[0]) > 0 for pair in found)
             loss = sum(sign(pair[0]) < 0 for pair in found)
@@ -157,25 +157,25 @@ def default(report):
     """The form that never lost to LoRA where both have run, if there is one."""
     text = []
     for method, label in (("momentum", "the momentum unload, m = 0.2 every 10 steps,"), ("plora", "the full unload")):
-        signs, words, won, all_of = [], [], 0, 0
-        for title, rows, lora, _ in models(report):
+        signs, means, won, all_of = [], [], 0, 0
+        for _, rows, lora, _ in models(report):
             values = rows[method].ability(lora) if method in rows else []
             if values:
                 part, number = ahead(rows[method], lora)
                 won, all_of = won + part, all_of + number
                 signs.append(sign(values))
-                words.append(title)
-        if words:
-            text.append((min(signs), won / all_of, f"{label} learns more than LoRA on {sum(s > 0 for s in signs)} and less on "
-                         f"{sum(s < 0 for s in signs)} of {len(signs)} models, and its test loss is below LoRA's at {won} of "
-                         f"{all_of} evaluations on the way"))  # fmt: skip
+                means.append(statistics.mean(values))
+        if signs:
+            words = (f"{label} learns more than LoRA on {sum(s > 0 for s in signs)} and less on {sum(s < 0 for s in signs)} of "
+                     f"{len(signs)} models, and its test loss is below LoRA's at {won} of {all_of} evaluations on the way")  # fmt: skip
+            text.append((min(signs), won / all_of, statistics.mean(means), words))
     if not text:
         return OPEN
     text.sort(reverse=True)
     first = text[0]
     advice = ("so far the best choice is the first of these" if first[0] >= 0 else
               "none is safe everywhere: LoRA first, and an unload only once its loss stands still")  # fmt: skip
-    joined = "; ".join(part[2] for part in text)
+    joined = "; ".join(part[-1] for part in text)
     return f"{joined[0].upper()}{joined[1:]}: {advice}."
 
 
