@@ -66,19 +66,25 @@ static plora_status check_matrix(const plora_matrix *matrix, const plora_quantis
     return PLORA_OK;
 }
 
-/* As the backend sees it; with the map, which is device memory, brought to the host. */
+/* As the backend sees it. */
+static struct plora__quantised values_of(const plora_quantised *weight)
+{
+    return (struct plora__quantised){.format = weight->format,
+                                     .offset = weight->nested_codes != NULL ? weight->offset : 0.0f,
+                                     .rows = weight->rows,
+                                     .columns = weight->columns,
+                                     .group = group_of(weight),
+                                     .codes = weight->codes,
+                                     .scales = weight->scales,
+                                     .nested_codes = weight->nested_codes,
+                                     .map = weight->map};
+}
+
+/* The same with the map, which is device memory, brought to the host. */
 static plora_status describe(const plora_context *context, const plora_quantised *weight, const char *name,
                              struct plora__quantised_weight *result)
 {
-    result->values = (struct plora__quantised){.format = weight->format,
-                                               .offset = weight->nested_codes != NULL ? weight->offset : 0.0f,
-                                               .rows = weight->rows,
-                                               .columns = weight->columns,
-                                               .group = group_of(weight),
-                                               .codes = weight->codes,
-                                               .scales = weight->scales,
-                                               .nested_codes = weight->nested_codes,
-                                               .map = weight->map};
+    result->values = values_of(weight);
     if (weight->map == NULL) return PLORA_OK;
     PLORA_TRY(plora__read_device(context, result->map, weight->map, sizeof result->map, NULL));
     for (int i = 0; i < 256; ++i)
@@ -239,16 +245,7 @@ plora_status plora_dequantise(plora_context *context, const plora_quantised *wei
     PLORA_TRY(check_matrix(out, weight, "weight", "out"));
     PLORA_CHECK(out->dtype != PLORA_F16, PLORA_ERROR_UNSUPPORTED, "out is of dtype F16: must be F32 or BF16");
     PLORA_TRY(plora__check_stream(context, stream, 0));
-    struct plora__dequantise_args args = {.weight = {.format = weight->format,
-                                                     .offset = weight->offset,
-                                                     .rows = weight->rows,
-                                                     .columns = weight->columns,
-                                                     .group = group_of(weight),
-                                                     .codes = weight->codes,
-                                                     .scales = weight->scales,
-                                                     .nested_codes = weight->nested_codes,
-                                                     .map = weight->map},
-                                          .out = *out};
+    const struct plora__dequantise_args args = {.weight = values_of(weight), .out = *out};
     return context->backend->dequantise(context->device, &args, stream);
 }
 

@@ -335,6 +335,22 @@ static void run_part(struct linear_fixture *f, const struct whole *whole, const 
     piece_free(piece);
 }
 
+/* The weight and the adapter of a fixture. */
+static struct whole whole_of(const struct linear_fixture *f, const struct linear_case *c)
+{
+    return (struct whole){.n = c->out_features,
+                          .k = c->in_features,
+                          .rank = c->rank,
+                          .dtype = c->w_dtype,
+                          .fan_in_fan_out = c->layer_flags != 0,
+                          .dropout = c->dropout,
+                          .alpha = c->alpha,
+                          .seed = f->seed,
+                          .values = f->w_values,
+                          .a = f->adapter.a.data,
+                          .b = f->adapter.b.data};
+}
+
 static void check_parts(struct linear_fixture *f, const struct whole *whole, int by_rows)
 {
     const struct linear_case *c = &f->c;
@@ -390,17 +406,7 @@ static void forward_and_backward(void **state)
                                           .alpha = 2.0,
                                           .flags = bits & 4 ? PLORA_LINEAR_DROPOUT : 0};
             struct linear_fixture *f = fixture_create(shared, &c);
-            struct whole whole = {.n = c.out_features,
-                                  .k = c.in_features,
-                                  .rank = c.rank,
-                                  .dtype = c.w_dtype,
-                                  .fan_in_fan_out = c.layer_flags != 0,
-                                  .dropout = c.dropout,
-                                  .alpha = c.alpha,
-                                  .seed = f->seed,
-                                  .values = f->w_values,
-                                  .a = f->adapter.a.data,
-                                  .b = f->adapter.b.data};
+            struct whole whole = whole_of(f, &c);
             check_parts(f, &whole, 0);
             check_parts(f, &whole, 1);
             fixture_free(f);
@@ -427,17 +433,7 @@ static void gathered_products(void **state)
                                       .alpha = 2.0,
                                       .flags = PLORA_LINEAR_DROPOUT | PLORA_LINEAR_DELTA_ONLY};
         struct linear_fixture *f = fixture_create(shared, &c);
-        struct whole whole = {.n = c.out_features,
-                              .k = c.in_features,
-                              .rank = c.rank,
-                              .dtype = c.w_dtype,
-                              .fan_in_fan_out = c.layer_flags != 0,
-                              .dropout = c.dropout,
-                              .alpha = c.alpha,
-                              .seed = f->seed,
-                              .values = f->w_values,
-                              .a = f->adapter.a.data,
-                              .b = f->adapter.b.data};
+        struct whole whole = whole_of(f, &c);
         const struct part part = {.first_row = 3, .first_column = 8, .rows = 14, .columns = 5};
         struct piece *piece = piece_create(shared, &whole, &part, 1);
         piece_set_factors(&whole, piece);

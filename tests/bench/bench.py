@@ -706,31 +706,26 @@ def measure_torch_training(bench, dtype, target, report):
         ours=ours,
         other=theirs,
     )
-    report.add(
-        "torch_rss_vs_peft",
-        "peak memory of the process with our layers over that with PEFT's",
-        memory["plora"] / memory["peft"],
-        0.7,
-        part=dtype,
-        most=True,
-        ours={"MB": memory["plora"] / 1e6},
-        other={"MB": memory["peft"] / 1e6},
-    )
+
+    def add_memory(part, peak, target=None):
+        report.add(
+            "torch_rss_vs_peft",
+            "peak memory of the process with our layers over that with PEFT's",
+            peak / memory["peft"],
+            target,
+            part=part,
+            most=True,
+            ours={"MB": peak / 1e6},
+            other={"MB": memory["peft"] / 1e6},
+        )
+
+    add_memory(dtype, memory["plora"], 0.7)
     for part, options in (
         ("no adapters", ("--adapters", "none")),
         ("causal_lm_loss", ("--adapters", "fp32", "--layers", "plora", "--loss", "plora")),
     ):
         with Peer(bench.peers, "train", *shape, *options, build=bench.build) as peer:
-            peak = peer.ask("train", steps=2)["peak_rss_bytes"]
-        report.add(
-            "torch_rss_vs_peft",
-            "peak memory of the process with our layers over that with PEFT's",
-            peak / memory["peft"],
-            part=f"{dtype}, {part}",
-            most=True,
-            ours={"MB": peak / 1e6},
-            other={"MB": memory["peft"] / 1e6},
-        )
+            add_memory(f"{dtype}, {part}", peer.ask("train", steps=2)["peak_rss_bytes"])
 
 
 def measure_torch_merge(bench, report):
@@ -811,14 +806,15 @@ def measure(bench, parts, report, save):
     measures = {"layer": measure_layer, "optimizer": measure_optimizer, "ledger": measure_ledger, "export": measure_export,
                 "train": measure_training, "unload": measure_unload, "torch": measure_torch, "serve": measure_serving,
                 "batch": measure_batch}
-    for part in PARTS[1:]:
-        if part not in parts:
+    for part in PARTS:
+        if part not in parts and part != "machine":
             continue
         if part in ("train", "unload"):  # what they are set against is measured beside them
             heading("limits of the machine, again")
             runs.append(output_of(bench.program("bench_machine"), "7"))
             limits = bench.limits = Limits(runs)
-        measures[part](bench, report)
+        if part in measures:
+            measures[part](bench, report)
         machine.update(load_after=os.getloadavg()[0], seconds=time.monotonic() - begin)
         save(machine, limits)
     return machine, limits
@@ -853,7 +849,6 @@ def main():
         write(os.path.join(args.build, "bench.md"), report.markdown())
 
     machine, limits = measure(bench, parts, report, save)
-    save(machine, limits)
     print(report.table())
     print(
         f"\n{machine['cpu']}, {machine['threads']} threads, oneDNN {machine['onednn']}; products "

@@ -200,18 +200,23 @@ def train_network(model, adapters, clip, optimizer="plora"):
     return seen
 
 
+def try_network(model, adapters, clip, optimizer):
+    """An input with its gradient, what comes out of it without adapters, and what training has seen."""
+    x = torch.linspace(-1, 1, 24).reshape(2, 12).requires_grad_()
+    model(x).sum().backward()
+    with adapters.disabled():
+        plain = model(x).detach()
+    adapters.parameters.grad = None
+    return x, plain, train_network(model, adapters, clip, optimizer)
+
+
 def tensor_parallel(rank, port, queue, hidden, clip, optimizer):
     begin(rank, port)
     model = network(hidden)
     parallelize(model)
     adapters = pt.attach(model, 4, seed=9, dropout=0.3)
     fresh = [adapters.layer(name).a.clone() for name in ("0", "2")]
-    x = torch.linspace(-1, 1, 24).reshape(2, 12).requires_grad_()
-    model(x).sum().backward()
-    with adapters.disabled():
-        plain = model(x).detach()
-    adapters.parameters.grad = None
-    seen = train_network(model, adapters, clip, optimizer)
+    x, plain, seen = try_network(model, adapters, clip, optimizer)
     weights = [model[i].weight.full_tensor().detach() for i in (0, 2)]
     factors = [(adapters.layer(name).a.clone(), adapters.layer(name).b.clone()) for name in ("0", "2")]
     adapters.detach()
@@ -234,12 +239,7 @@ def test_tensor_parallel(hidden, clip, optimizer):
     start = [model[i].weight.detach().clone() for i in (0, 2)]
     adapters = pt.attach(model, 4, seed=9, dropout=0.3)
     first, second = (adapters.layer(name).a.clone() for name in ("0", "2"))
-    x = torch.linspace(-1, 1, 24).reshape(2, 12).requires_grad_()
-    model(x).sum().backward()
-    with adapters.disabled():
-        plain = model(x).detach()
-    adapters.parameters.grad = None
-    seen = train_network(model, adapters, clip, optimizer)
+    x, plain, seen = try_network(model, adapters, clip, optimizer)
     cut = -(-hidden // 2)
     halves = slice(0, cut), slice(cut, hidden)
     for half, (fresh, dx, plain_there, seen_there, weights, factors, _) in zip(halves, parts):
