@@ -147,8 +147,8 @@ static struct setup *setup_new(plora_context *context, int64_t in_features, int6
         s->quantised = &kinds[check_integer(0, CHECK_COUNT(kinds) - 1)];
         s->w_dtype = PLORA_F32;
     }
-    for (int32_t i = 0; i < s->layer_count; ++i)
-        s->out_features[i] = check_integer(1, out_most);
+    for (int32_t i = 0; i < s->layer_count; ++i) /* the first is wide enough for the strongest's rank */
+        s->out_features[i] = i == 0 ? out_most : check_integer(1, out_most);
     CHECK_OK(plora_model_create(context, &s->model));
     add_layers(s);
     CHECK_OK(plora_registry_create(s->model, NULL, &s->registry));
