@@ -3,27 +3,12 @@
  * (device.h). */
 #include "check.h"
 #include "cpu/batch_kernels.h"
-#include "cpu/isa.h"
 #include "handles.h"
+#include "levels.h"
 #include "linear_fixture.h"
 #include "reference.h"
 
-/* ----------------------------------------------------------------------------------------------------------- levels */
-
-/* An instruction level of the CPU, or the one level of a GPU. */
-enum { LEVEL_DEVICE = -1 };
-
 static plora_context *context;
-
-static int first_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : 0;
-}
-
-static int last_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : cpu_isa();
-}
 
 /* ---------------------------------------------------------------------------------------------------------- batches */
 
@@ -52,22 +37,6 @@ struct batch {
     char text[240];
 };
 
-/* Poisoned memory with a twin, and a guard of 64 bytes behind it. */
-static void *allocate(size_t bytes)
-{
-    void *memory = NULL;
-    CHECK(posix_memalign(&memory, 64, bytes + 64) == 0, "the test itself is out of memory");
-    memset(memory, CHECK_POISON, bytes + 64);
-    device_twin(memory, bytes + 64);
-    return memory;
-}
-
-static void release(void *memory)
-{
-    device_forget(memory);
-    free(memory);
-}
-
 static struct check_matrix matrix_new(const struct batch_case *c, int64_t rows, int64_t columns, int32_t dtype)
 {
     const struct linear_case like = {.gaps = c->gaps, .aligned = c->aligned};
@@ -80,7 +49,7 @@ static void make_slots(struct batch *batch)
     batch->a = calloc((size_t)c->slots, sizeof *batch->a);
     batch->b = calloc((size_t)c->slots, sizeof *batch->b);
     CHECK(batch->a != NULL && batch->b != NULL, "the test itself is out of memory");
-    batch->slots = allocate((size_t)c->slots * sizeof *batch->slots);
+    batch->slots = poisoned_new((size_t)c->slots * sizeof *batch->slots);
     for (int32_t i = 0; i < c->slots; ++i) {
         /* the first slot has the largest rank, the others any, also none */
         const int32_t rank = i == 0 ? c->max_rank : (int32_t)check_integer(0, c->max_rank);
@@ -97,7 +66,7 @@ static void make_slots(struct batch *batch)
 static void make_segments(struct batch *batch)
 {
     const struct batch_case *c = &batch->c;
-    batch->segments = allocate((size_t)(c->tokens + 8) * sizeof *batch->segments);
+    batch->segments = poisoned_new((size_t)(c->tokens + 8) * sizeof *batch->segments);
     int32_t count = 0, done = 0;
     while (done < c->tokens || (count < c->tokens + 7 && check_integer(0, 2) == 0)) {
         const int32_t left = (int32_t)c->tokens - done;
@@ -128,7 +97,7 @@ static struct batch *batch_new(const struct batch_case *c)
     make_slots(batch);
     make_segments(batch);
     if (c->listed) {
-        batch->list = allocate((size_t)rows * sizeof *batch->list);
+        batch->list = poisoned_new((size_t)rows * sizeof *batch->list);
         for (int32_t i = 0; i < rows; ++i) { /* a permutation, of which the list has the first c->tokens */
             const int64_t other = check_integer(0, i);
             batch->list[i] = batch->list[other];
@@ -146,9 +115,9 @@ static void batch_free(struct batch *batch)
     }
     check_matrix_free(&batch->x);
     check_matrix_free(&batch->y);
-    release(batch->slots);
-    release(batch->segments);
-    if (batch->list != NULL) release(batch->list);
+    poisoned_free(batch->slots);
+    poisoned_free(batch->segments);
+    if (batch->list != NULL) poisoned_free(batch->list);
     free(batch->a);
     free(batch->b);
     free(batch);
@@ -157,7 +126,7 @@ static void batch_free(struct batch *batch)
 /* Each adapter is a list of slots of its own, of which the first is used. */
 static const struct plora__batch_slot **make_adapters(const struct batch *batch)
 {
-    const struct plora__batch_slot **adapters = allocate((size_t)batch->c.slots * sizeof(void *));
+    const struct plora__batch_slot **adapters = poisoned_new((size_t)batch->c.slots * sizeof(void *));
     for (int32_t i = 0; i < batch->c.slots; ++i)
         adapters[i] = device_of(&batch->slots[i]);
     device_refresh(adapters);
@@ -173,7 +142,7 @@ static struct plora__batch_target make_target(const struct batch *batch)
 static void forward(struct batch *batch, int level, int threads, const struct plora__batch_segment *segments,
                     int32_t segment_count, int64_t tokens)
 {
-    struct plora__batch_segment *cut = allocate((size_t)segment_count * sizeof *cut);
+    struct plora__batch_segment *cut = poisoned_new((size_t)segment_count * sizeof *cut);
     memcpy(cut, segments, (size_t)segment_count * sizeof *cut);
     const struct plora__batch_slot **adapters = make_adapters(batch);
     const struct plora__batch_target target = make_target(batch);
@@ -189,7 +158,7 @@ static void forward(struct batch *batch, int level, int threads, const struct pl
                                      .x = device_matrix(batch->x.m)};
     const size_t bytes = level == LEVEL_DEVICE ? context->backend->batch_workspace(context->device, &args)
                                                : cpu_batch_workspace_with(cpu_batch_kernels(level), threads, &args);
-    unsigned char *workspace = allocate(bytes);
+    unsigned char *workspace = poisoned_new(bytes);
     args.workspace = device_of(workspace);
     if (level == LEVEL_DEVICE)
         CHECK_OK(DEVICE(context->backend->batch_forward(context->device, &args, NULL)));
@@ -197,9 +166,9 @@ static void forward(struct batch *batch, int level, int threads, const struct pl
         cpu_batch_forward_with(cpu_batch_kernels(level), threads, &args);
     for (size_t i = 0; i < 64; ++i)
         CHECK(workspace[bytes + i] == CHECK_POISON, "wrote %zu bytes behind the workspace: %s", i, batch->text);
-    release(workspace);
-    release(adapters);
-    release(cut);
+    poisoned_free(workspace);
+    poisoned_free(adapters);
+    poisoned_free(cut);
 }
 
 static int64_t row_of(const struct batch *batch, int64_t place)
@@ -273,7 +242,7 @@ static void check_packed(struct batch *batch, int level)
     memcpy(got, batch->y.memory, batch->y.bytes);
     for (int32_t i = 0; i < batch->c.slots; ++i) {
         struct plora__batch_slot *slot = &batch->slots[i];
-        float *panels = allocate((size_t)(all * slot->rank) * sizeof(float));
+        float *panels = poisoned_new((size_t)(all * slot->rank) * sizeof(float));
         kernels->pack(slot->b, slot->rank, n, panels);
         slot->panels = panels;
     }
@@ -281,7 +250,7 @@ static void check_packed(struct batch *batch, int level)
     forward(batch, level, 2, batch->segments, batch->segment_count, batch->c.tokens);
     CHECK(memcmp(got, batch->y.memory, batch->y.bytes) == 0, "level %d: packed, other bits: %s", level, batch->text);
     for (int32_t i = 0; i < batch->c.slots; ++i) {
-        release((void *)(uintptr_t)batch->slots[i].panels);
+        poisoned_free((void *)(uintptr_t)batch->slots[i].panels);
         batch->slots[i].panels = NULL;
     }
     free(got);
@@ -433,7 +402,7 @@ static void test_batch_graph(void **state)
                                      .segments = device_of(batch->segments),
                                      .adapters = device_of(adapters),
                                      .x = device_matrix(batch->x.m)};
-    void *workspace = allocate(context->backend->batch_workspace(context->device, &args));
+    void *workspace = poisoned_new(context->backend->batch_workspace(context->device, &args));
     args.workspace = device_of(workspace);
     void *stream = device_stream_create();
     device_upload();
@@ -454,8 +423,8 @@ static void test_batch_graph(void **state)
     }
     device_graph_destroy(graph);
     device_stream_destroy(stream);
-    release(workspace);
-    release(adapters);
+    poisoned_free(workspace);
+    poisoned_free(adapters);
     free(before);
     batch_free(batch);
 }

@@ -2,24 +2,11 @@
  * instruction level of the CPU, or those of a GPU through its table (device.h). */
 #include "check.h"
 #include "cpu/dequantise_kernels.h"
-#include "cpu/isa.h"
 #include "handles.h"
+#include "levels.h"
 #include "reference.h"
 
-/* An instruction level of the CPU, or the one level of a GPU. */
-enum { LEVEL_DEVICE = -1 };
-
 static plora_context *context;
-
-static int first_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : 0;
-}
-
-static int last_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : cpu_isa();
-}
 
 static void dequantise(int level, int threads, const struct plora__dequantise_args *args)
 {

@@ -1,30 +1,14 @@
 /* test_merge.c: the merge and what it finds out, against the naive reference: the kernels of every instruction level of
  * the CPU, or those of a GPU through its table (device.h). */
 #include "check.h"
-#include "cpu/isa.h"
 #include "cpu/merge_kernels.h"
 #include "handles.h"
+#include "levels.h"
 #include "philox.h"
 #include "reference_unload.h"
 #include "rounding.h"
 
-/* -------------------------------------------------------------------------------------------------------------
- * levels */
-
-/* An instruction level of the CPU, or the one level of a GPU. */
-enum { LEVEL_DEVICE = -1 };
-
 static plora_context *context;
-
-static int first_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : 0;
-}
-
-static int last_level(void)
-{
-    return device_is_cuda() ? LEVEL_DEVICE : cpu_isa();
-}
 
 static size_t merge_workspace(int level, const struct plora__merge_args *args)
 {
@@ -60,22 +44,6 @@ static void magnitudes(int level, const struct plora__magnitude_args *args)
     CHECK_OK(DEVICE(context->backend->magnitudes(context->device, &there, NULL)));
 }
 
-/* Poisoned memory with a twin, and a guard of 64 bytes behind it. */
-static void *allocate(size_t bytes)
-{
-    void *memory = NULL;
-    CHECK(posix_memalign(&memory, 64, bytes + 64) == 0, "the test itself is out of memory");
-    memset(memory, CHECK_POISON, bytes + 64);
-    device_twin(memory, bytes + 64);
-    return memory;
-}
-
-static void release(void *memory)
-{
-    device_forget(memory);
-    free(memory);
-}
-
 /* ---------------------------------------------------------------------------------------------------------------
  * merge */
 
@@ -102,13 +70,13 @@ static struct merge_inputs make_inputs(const struct merge_case *c, int level)
     struct merge_inputs in = {.weight = check_matrix_new(c->rows, c->columns, c->stride, c->dtype)};
     check_matrix_random(&in.weight, c->weight_range);
     const size_t elements = (size_t)(c->rows * c->columns);
-    in.left = allocate((size_t)(c->rows * c->rank) * sizeof(float));
-    in.right = allocate((size_t)(c->columns * c->rank) * sizeof(float));
+    in.left = poisoned_new((size_t)(c->rows * c->rank) * sizeof(float));
+    in.right = poisoned_new((size_t)(c->columns * c->rank) * sizeof(float));
     in.before = malloc(elements * sizeof(double));
     in.d = malloc(elements * sizeof(double));
     in.magnitude = malloc(elements * sizeof(double));
     CHECK(in.before != NULL && in.d != NULL && in.magnitude != NULL, "the test itself is out of memory");
-    in.sums = allocate(sizeof *in.sums);
+    in.sums = poisoned_new(sizeof *in.sums);
     for (int64_t i = 0; i < c->rows * c->rank; ++i)
         in.left[i] = (float)check_uniform();
     for (int64_t i = 0; i < c->columns * c->rank; ++i)
@@ -128,7 +96,7 @@ static struct merge_inputs make_inputs(const struct merge_case *c, int level)
         .right_column_stride = c->transposed ? c->rank : 1,
     };
     in.workspace_bytes = merge_workspace(level, &in.args);
-    in.workspace = in.args.workspace = allocate(in.workspace_bytes);
+    in.workspace = in.args.workspace = poisoned_new(in.workspace_bytes);
     reference_delta(c->factor, c->rows, c->columns, c->rank, in.left, in.args.left_row_stride, in.args.left_rank_stride,
                     in.right, in.args.right_rank_stride, in.args.right_column_stride, in.d, in.magnitude);
     return in;
@@ -140,10 +108,10 @@ static void free_inputs(struct merge_inputs *in)
     for (int i = 0; i < 64; ++i)
         CHECK(end[i] == CHECK_POISON, "wrote %d bytes behind the workspace", i);
     check_matrix_free(&in->weight);
-    release(in->left);
-    release(in->right);
-    release(in->sums);
-    release(in->workspace);
+    poisoned_free(in->left);
+    poisoned_free(in->right);
+    poisoned_free(in->sums);
+    poisoned_free(in->workspace);
     free(in->before);
     free(in->d);
     free(in->magnitude);
@@ -220,10 +188,10 @@ static void check_bits(const struct merge_case *c, const struct merge_inputs *in
     struct plora__merge_args args = in->args;
     args.weight = here.m;
     args.sums = NULL;
-    args.workspace = allocate(merge_workspace(CPU_ISA_AVX2, &args));
+    args.workspace = poisoned_new(merge_workspace(CPU_ISA_AVX2, &args));
     merge(CPU_ISA_AVX2, 2, &args);
     CHECK(memcmp(here.m.data, in->weight.m.data, bytes) == 0, "W differs from the CPU's, %s", text);
-    release(args.workspace);
+    poisoned_free(args.workspace);
     check_matrix_free(&here);
 }
 
@@ -310,12 +278,12 @@ static void check_rounding(int level, int32_t dtype, float d)
     uint16_t *bits = weight.m.data;
     for (int j = 0; j < 65536; ++j)
         bits[j] = (uint16_t)j;
-    float *left = allocate(256 * sizeof *left), *right = allocate(256 * sizeof *right);
+    float *left = poisoned_new(256 * sizeof *left), *right = poisoned_new(256 * sizeof *right);
     for (int j = 0; j < 256; ++j) {
         left[j] = 1.0f;
         right[j] = d;
     }
-    int64_t *overflows = allocate(sizeof *overflows), expected = 0;
+    int64_t *overflows = poisoned_new(sizeof *overflows), expected = 0;
     struct plora__merge_args args = {.weight = weight.m,
                                      .rank = 1,
                                      .factor = 1.0f,
@@ -326,7 +294,7 @@ static void check_rounding(int level, int32_t dtype, float d)
                                      .right_rank_stride = 256,
                                      .right_column_stride = 1,
                                      .overflows = overflows};
-    args.workspace = allocate(merge_workspace(level, &args));
+    args.workspace = poisoned_new(merge_workspace(level, &args));
     check_matrix_snapshot(&weight);
     merge(level, 2, &args);
     check_matrix_unchanged(&weight, "W after the dry run");
@@ -343,10 +311,10 @@ static void check_rounding(int level, int32_t dtype, float d)
     }
     CHECK(*overflows == expected, "level %d, dtype %d, d %g: %lld overflows, want %lld", level, dtype, d,
           (long long)*overflows, (long long)expected);
-    release(args.workspace);
-    release(overflows);
-    release(left);
-    release(right);
+    poisoned_free(args.workspace);
+    poisoned_free(overflows);
+    poisoned_free(left);
+    poisoned_free(right);
     check_matrix_free(&weight);
 }
 
@@ -502,7 +470,7 @@ static struct rounded_merge make_rounded(const struct merge_case *c, int level, 
 {
     struct rounded_merge m = {
         .c = *c, .level = level, .in = make_inputs(c, level), .low_stride = c->columns + check_integer(0, 1) * 8};
-    m.low = allocate((size_t)(c->rows * m.low_stride) * sizeof *m.low);
+    m.low = poisoned_new((size_t)(c->rows * m.low_stride) * sizeof *m.low);
     m.start = halves(c), m.low_start = halves(c), m.want = halves(c), m.low_want = halves(c);
     m.in.args.rounding = rounding;
     m.in.args.draw = (struct plora__merge_draw){.seed = check_next(),
@@ -526,7 +494,7 @@ static void free_rounded(struct rounded_merge *m)
     free(m->low_start);
     free(m->want);
     free(m->low_want);
-    release(m->low);
+    poisoned_free(m->low);
     free_inputs(&m->in);
 }
 
@@ -624,9 +592,9 @@ static void check_edges(int level, int32_t dtype, int32_t rounding, float d)
 {
     enum { SIDE = 256 };
     struct check_matrix weight = check_matrix_new(SIDE, SIDE, SIDE, dtype);
-    uint16_t *bits = weight.m.data, *low = allocate(SIDE * SIDE * sizeof *low);
-    float *left = allocate(SIDE * sizeof *left), *right = allocate(SIDE * sizeof *right);
-    int64_t *overflows = allocate(sizeof *overflows), expected = 0;
+    uint16_t *bits = weight.m.data, *low = poisoned_new(SIDE * SIDE * sizeof *low);
+    float *left = poisoned_new(SIDE * sizeof *left), *right = poisoned_new(SIDE * sizeof *right);
+    int64_t *overflows = poisoned_new(sizeof *overflows), expected = 0;
     static const uint16_t lows[] = {0, 1, 0x7fff, 0x8000, 0xffff};
     for (int j = 0; j < SIDE * SIDE; ++j) {
         bits[j] = (uint16_t)j;
@@ -653,7 +621,7 @@ static void check_edges(int level, int32_t dtype, int32_t rounding, float d)
                                      .residual = rounding == PLORA_ROUND_RESIDUAL ? low : NULL,
                                      .residual_stride = SIDE,
                                      .overflows = overflows};
-    args.workspace = allocate(merge_workspace(level, &args));
+    args.workspace = poisoned_new(merge_workspace(level, &args));
     uint16_t *low_start = malloc(SIDE * SIDE * sizeof *low_start);
     CHECK(low_start != NULL, "the test itself is out of memory");
     memcpy(low_start, low, SIDE * SIDE * sizeof *low);
@@ -680,11 +648,11 @@ static void check_edges(int level, int32_t dtype, int32_t rounding, float d)
     CHECK(*overflows == expected, "level %d, dtype %d, rounding %d, d %g: %lld overflows, want %lld", level, dtype,
           rounding, d, (long long)*overflows, (long long)expected);
     free(low_start);
-    release(args.workspace);
-    release(overflows);
-    release(left);
-    release(right);
-    release(low);
+    poisoned_free(args.workspace);
+    poisoned_free(overflows);
+    poisoned_free(left);
+    poisoned_free(right);
+    poisoned_free(low);
     check_matrix_free(&weight);
 }
 
@@ -710,15 +678,15 @@ static void test_magnitudes(void **state)
     enum { SEGMENTS = 5 };
     for (int level = first_level(); level <= last_level(); ++level)
         for (int kind = 0; kind < 4; ++kind) {
-            struct plora__segment *segments = allocate(SEGMENTS * sizeof *segments);
-            double want[SEGMENTS] = {0}, *got = allocate(SEGMENTS * sizeof *got);
+            struct plora__segment *segments = poisoned_new(SEGMENTS * sizeof *segments);
+            double want[SEGMENTS] = {0}, *got = poisoned_new(SEGMENTS * sizeof *got);
             int64_t count = 0;
             for (int i = 0; i < SEGMENTS; ++i) {
                 const int64_t end = count + check_integer(1, 300);
                 segments[i] = (struct plora__segment){count, end, i % 2, 0};
                 count = end;
             }
-            float *values = allocate((size_t)count * sizeof *values);
+            float *values = poisoned_new((size_t)count * sizeof *values);
             for (int i = 0; i < SEGMENTS; ++i)
                 for (int64_t at = segments[i].begin; at < segments[i].end; ++at) {
                     values[at] = (float)(100 * check_uniform());
@@ -735,9 +703,9 @@ static void test_magnitudes(void **state)
             magnitudes(level, &args);
             for (int i = 0; i < SEGMENTS; ++i)
                 CHECK(got[i] == want[i], "level %d, kind %d, segment %d: %g, want %g", level, kind, i, got[i], want[i]);
-            release(values);
-            release(segments);
-            release(got);
+            poisoned_free(values);
+            poisoned_free(segments);
+            poisoned_free(got);
         }
 }
 
