@@ -343,7 +343,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     if (place.slot.rank <= 0) return;
     const struct batch_rows own = batch_own_rows(p, place);
     const int b_aligned = batch_aligned(place.slot.b, place.slot.rank);
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32, chunk = (int)threadIdx.x % 8;
+    const int warp = (int)threadIdx.x / 32, chunk = (int)threadIdx.x % 8;
     float sums[8][4] = {};
     batch_fill(&y_tile, own, p.y, p.y_stride, p.y_aligned, first_column, p.out_features);
     copies_commit();
@@ -366,30 +366,15 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     }
     copies_wait<0>();
     __syncthreads();
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            uint32_t *pair = (uint32_t *)&y_tile.chunks[chunk_place(16 * warp + 8 * half + lane / 4, n)] + lane % 4;
-            const uint32_t old = *pair;
-            *pair = pack_bf16(bf16_to_float(old) + sums[n][2 * half],
-                              __uint_as_float(old & 0xffff0000u) + sums[n][2 * half + 1]);
-        }
+    tile_add(&y_tile, sums, 1);
     __syncthreads();
 #pragma unroll 1
     for (int i = 0; i < BATCH_OWN_ROWS; ++i) {
         const int64_t row = batch_row(p, place, (int)threadIdx.x / 8 + 16 * i), column = first_column + 8 * chunk;
         if (row < 0) break;
-        const uint4 four = y_tile.chunks[chunk_place((int)threadIdx.x / 8 + 16 * i, chunk)];
-        uint16_t *y = (uint16_t *)p.y + row * p.y_stride + column;
-        if (p.y_aligned && column + 8 <= p.out_features) {
-            store_sixteen_bytes(y, four);
-            continue;
-        }
-        const uint32_t pairs[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (column + j < p.out_features) y[j] = (uint16_t)(j % 2 == 0 ? pairs[j / 2] : pairs[j / 2] >> 16);
+        scatter_chunk((uint16_t *)p.y + row * p.y_stride + column,
+                      y_tile.chunks[chunk_place((int)threadIdx.x / 8 + 16 * i, chunk)], p.out_features - column,
+                      p.y_aligned);
     }
 #else
     unreachable();

@@ -235,6 +235,19 @@ static __device__ __forceinline__ uint4 gather_chunk(const uint16_t *data, int64
     return make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
 }
 
+/* The opposite; in one access where the row is aligned and all eight exist. */
+static __device__ __forceinline__ void scatter_chunk(uint16_t *data, uint4 chunk, int64_t valid, int aligned)
+{
+    if (aligned && valid >= 8) {
+        store_sixteen_bytes(data, chunk);
+        return;
+    }
+    const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (i < valid) data[i] = (uint16_t)(i % 2 == 0 ? pairs[i / 2] : pairs[i / 2] >> 16);
+}
+
 /* Starts to fill the first used_rows rows of a tile from (row, column) of the source on; zeros outside of it. */
 static __device__ __forceinline__ void tile_fill(struct bf16_tile *tile, const struct tile_source &source, int64_t row,
                                                  int64_t column, int used_rows)
@@ -345,6 +358,21 @@ static __device__ __forceinline__ void tile_multiply(float (&sum)[8][4], const s
 {
     tile_multiply<left_by_k, right_by_k>(reinterpret_cast<float(&)[1][8][4]>(sum),
                                          reinterpret_cast<const struct bf16_tile(&)[1]>(*left), right, pairs, steps);
+}
+
+/* Adds a warp's sums, as tile_multiply() leaves them, to the tile, or writes them to it; rounded once. */
+static __device__ __forceinline__ void tile_add(struct bf16_tile *tile, const float (&sum)[8][4], int keep)
+{
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int n = 0; n < 8; ++n) {
+            uint32_t *pair = (uint32_t *)&tile->chunks[chunk_place(16 * warp + 8 * half + lane / 4, n)] + lane % 4;
+            const uint32_t old = keep ? *pair : 0u;
+            *pair = pack_bf16(bf16_to_float(old) + sum[n][2 * half],
+                              __uint_as_float(old & 0xffff0000u) + sum[n][2 * half + 1]);
+        }
 }
 
 #endif /* __CUDA_ARCH__ >= 800 */

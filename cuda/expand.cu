@@ -159,21 +159,6 @@ static __device__ __forceinline__ void expand_drop(float (&sums)[8][4], const un
     }
 }
 
-/* The thread's sums, rounded into the tile of `out`, or added to it. */
-static __device__ __forceinline__ void expand_round(struct bf16_tile *tile, const float (&sums)[8][4], int keep_out)
-{
-    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-        for (int n = 0; n < 8; ++n) {
-            uint32_t *pair = (uint32_t *)&tile->chunks[chunk_place(16 * warp + 8 * half + lane / 4, n)] + lane % 4;
-            const uint32_t old = keep_out ? *pair : 0u;
-            *pair = pack_bf16(bf16_to_float(old) + sums[n][2 * half],
-                              __uint_as_float(old & 0xffff0000u) + sums[n][2 * half + 1]);
-        }
-}
-
 static __device__ __forceinline__ void expand_write(const struct bf16_tile *tile, const struct expand_params &p,
                                                     const struct expand_place &place)
 {
@@ -182,16 +167,8 @@ static __device__ __forceinline__ void expand_write(const struct bf16_tile *tile
         const int own = (int)threadIdx.x + i * LINEAR_TILE_THREADS;
         const int64_t token = place.token + own / 8, column = place.column + own % 8 * 8;
         if (token >= p.tokens) break;
-        const uint4 chunk = tile->chunks[chunk_place(own / 8, own % 8)];
-        uint16_t *out = (uint16_t *)p.out + token * p.stride + column;
-        if (p.aligned && column + 8 <= p.columns) {
-            store_sixteen_bytes(out, chunk);
-            continue;
-        }
-        const uint32_t pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-        for (int j = 0; j < 8; ++j)
-            if (column + j < p.columns) out[j] = (uint16_t)(j % 2 == 0 ? pairs[j / 2] : pairs[j / 2] >> 16);
+        scatter_chunk((uint16_t *)p.out + token * p.stride + column, tile->chunks[chunk_place(own / 8, own % 8)],
+                      p.columns - column, p.aligned);
     }
 }
 #endif
@@ -230,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(LINEAR_TILE_THREADS, 4)
     for (int i = 0; i < TILES; ++i) {
         if (p.drop) expand_drop(sums[i], keep[i], p.dropout.scale);
         if (p.sum != NULL || p.bias != NULL) expand_base(sums[i], p, expand_tile(place, i));
-        expand_round(&out_tiles[i], sums[i], p.keep_out);
+        tile_add(&out_tiles[i], sums[i], p.keep_out);
     }
     __syncthreads();
 #pragma unroll 1
