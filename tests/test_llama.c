@@ -139,7 +139,9 @@ static void open_fixture(struct fixture *f, const char *name, int32_t dtype, int
     *f = (struct fixture){0};
     context.threads = threads;
     context.deterministic = 1;
+#ifdef _OPENMP /* without it all is one thread, oneDNN's too */
     omp_set_num_threads(threads);
+#endif
     OK(plora_context_create(&context, &f->context));
     OK(llama_open(f->context, data_path(name, ""), dtype, threads, &f->llama));
     OK(plora_model_open(f->context, data_path(name, "vectors.safetensors"), &f->vectors));
