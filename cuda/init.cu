@@ -3,7 +3,7 @@
  *
  * Grid: a row of blocks for each row of A where it is a shard's, which may begin inside of a draw; else one for all. One thread for the
  * four elements of a draw. Writes 4 bytes an element, 16 at a time where they are aligned; no shared memory. */
-#include "kernels.h"
+#include "cuda_common.cuh"
 #include "normal.h"
 #include "philox.h"
 
@@ -21,7 +21,8 @@
             value[i] = UNIT(words.word[i]) * p.scale;                                                                  \
         float *to = p.out + row * p.columns + begin;                                                                   \
         if (begin >= 0 && begin + 4 <= p.columns && (uintptr_t)to % 16 == 0) {                                         \
-            *(float4 *)to = make_float4(value[0], value[1], value[2], value[3]);                                       \
+            store_sixteen_bytes(to, make_uint4(__float_as_uint(value[0]), __float_as_uint(value[1]),                   \
+                                               __float_as_uint(value[2]), __float_as_uint(value[3])));                 \
         } else {                                                                                                       \
             for (int i = 0; i < 4; ++i)                                                                                \
                 if (begin + i >= 0 && begin + i < p.columns) to[i] = value[i];                                         \

@@ -21,8 +21,10 @@ import sys
 # "Technical Specifications per Compute Capability"). Registers: 65,536, given out to warps in units of 256, on all of them.
 LIMITS = {75: (32, 16, 64, 0), 80: (64, 32, 164, 1), 86: (48, 16, 100, 1), 89: (48, 24, 100, 1), 90: (64, 32, 228, 1),
           100: (64, 32, 228, 1), 120: (48, 24, 100, 1)}
-# Kernels that must stream 16 bytes an access, and those that must multiply on the tensor cores from sm_80 on.
+# Kernels that must stream 16 bytes an access, those of which that is asked when they write, and those that must multiply on the tensor
+# cores from sm_80 on.
 STREAMING = re.compile(r"^(merge_(rounded_)?(report_)?(f32|bf16|f16)|(batch_)?expand_(f32|bf16)|adamw|sgd|scale)_kernel$")
+WRITING = re.compile(r"^(init_(uniform|gaussian)|dequantise_(int8|nf4))_kernel$")
 TENSOR = re.compile(r"^(merge_(rounded_)?(report_)?(f32|bf16|f16)|(batch_)?(shrink|expand)_bf16|gradient_bf16)_kernel$")
 # Of an H100 SXM, as in tests/ladder/ladder.h: bytes/s of memory and of L2, operations/s of fp32 and of tf32; of these, 0.6 is what a
 # kernel by mma.sync or fma is taken to reach.
@@ -100,6 +102,8 @@ class Kernel:
             yield f"{where}: {self.spills} instructions touch local memory"
         if STREAMING.match(self.name) and not self.is_empty() and not all(self.wide):
             yield f"{where}: no 16-byte {'loads' if not self.wide[0] else 'stores'}"
+        if WRITING.match(self.name) and not self.wide[1]:
+            yield f"{where}: no 16-byte stores"
         if TENSOR.match(self.name) and self.arch >= 80 and not self.tensor:
             yield f"{where}: no tensor-core products"
 
