@@ -9,6 +9,18 @@
 
 /* --------------------------------------------------------------------------------------------------- creation and end */
 
+/* A lock that is held for less time than a sleep takes: who has to wait for it spins for a while. */
+static void init_brief(pthread_mutex_t *mutex)
+{
+    pthread_mutexattr_t kind;
+    pthread_mutexattr_init(&kind);
+#ifdef __GLIBC__
+    pthread_mutexattr_settype(&kind, PTHREAD_MUTEX_ADAPTIVE_NP);
+#endif
+    pthread_mutex_init(mutex, &kind);
+    pthread_mutexattr_destroy(&kind);
+}
+
 plora_status plora_registry_create(plora_model *model, const plora_registry_options *given, plora_registry **registry)
 {
     PLORA_CHECK(model != NULL && registry != NULL, PLORA_ERROR_INVALID_ARGUMENT, "%s is NULL",
@@ -33,7 +45,7 @@ plora_status plora_registry_create(plora_model *model, const plora_registry_opti
     created->budget = options.memory_budget;
     created->spill_directory = directory;
     pthread_mutex_init(&created->changes, NULL);
-    pthread_mutex_init(&created->table, NULL);
+    init_brief(&created->table);
     plora__model_retain(model);
     atomic_fetch_add(&model->adapters_made, 1);
     *registry = created;

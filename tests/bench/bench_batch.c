@@ -9,10 +9,12 @@
  *     grouped_A   three such layers with the same x in one call, per layer
  *
  * All are measured in turn; prints one JSON object with the seconds of every repeat, for fp32 and bf16. With `stall`, one thread acquires,
- * begins a batch and releases all the time while another replaces the adapter; the longest of its rounds is printed beside the longest
- * while nobody replaces, which is the machine's own. */
+ * begins a batch and releases all the time while another replaces the adapter. The longest of its rounds is printed without those during
+ * which the system gave its core to another thread (preempted_us is the longest of them), and beside the longest while nobody replaces,
+ * which is the machine's own. */
 #include <pthread.h>
 #include <stdatomic.h>
+#include <sys/resource.h>
 
 #include "measure.h"
 #include "plora.h"
@@ -166,14 +168,23 @@ static void measure(plora_context *context, int32_t dtype, const int64_t *shape,
 struct reader {
     struct served *s;
     atomic_int stop;
-    double longest, total;
+    double longest, preempted, total; /* preempted: the longest round during which the thread lost its core */
     int64_t rounds;
 };
+
+/* How often the system has taken the core from this thread; waiting for a lock does not count. */
+static long preemptions(void)
+{
+    struct rusage usage;
+    if (getrusage(RUSAGE_THREAD, &usage) != 0) measure_die("getrusage");
+    return usage.ru_nivcsw;
+}
 
 static void *read_all_the_time(void *data)
 {
     struct reader *reader = data;
     const int32_t slots[4] = {0};
+    long before = preemptions();
     while (!atomic_load_explicit(&reader->stop, memory_order_relaxed)) {
         plora_snapshot *snapshot;
         const double begin = measure_now();
@@ -181,7 +192,12 @@ static void *read_all_the_time(void *data)
         TRY(plora_batch_begin(reader->s->batch, 4, slots, &snapshot, 1, NULL));
         plora_snapshot_release(snapshot);
         const double time = measure_now() - begin;
-        if (time > reader->longest) reader->longest = time;
+        if (time > reader->longest) {
+            const long now = preemptions();
+            double *longest = now == before ? &reader->longest : &reader->preempted;
+            if (time > *longest) *longest = time;
+            before = now;
+        }
         reader->total += time;
         reader->rounds++;
     }
@@ -216,10 +232,11 @@ static void stall(plora_context *context, double seconds, const int64_t *shape)
     plora_snapshot_release(s.snapshots[0]);
     s.snapshots[0] = NULL;
     const struct reader quiet = read_for(&s, seconds, NULL, &none), busy = read_for(&s, seconds, shape, &replaced);
-    printf("{\"replaced\": %lld, \"rounds\": %lld, \"mean_us\": %.3f, \"longest_us\": %.1f, \"quiet_mean_us\": %.3f, "
-           "\"quiet_longest_us\": %.1f}\n",
-           (long long)replaced, (long long)busy.rounds, 1e6 * busy.total / (double)busy.rounds, 1e6 * busy.longest,
-           1e6 * quiet.total / (double)quiet.rounds, 1e6 * quiet.longest);
+    printf(
+        "{\"replaced\": %lld, \"rounds\": %lld, \"mean_us\": %.3f, \"longest_us\": %.1f, "
+        "\"preempted_us\": %.1f, \"quiet_mean_us\": %.3f, \"quiet_longest_us\": %.1f, \"quiet_preempted_us\": %.1f}\n",
+        (long long)replaced, (long long)busy.rounds, 1e6 * busy.total / (double)busy.rounds, 1e6 * busy.longest,
+        1e6 * busy.preempted, 1e6 * quiet.total / (double)quiet.rounds, 1e6 * quiet.longest, 1e6 * quiet.preempted);
     end(&s, 0);
 }
 
