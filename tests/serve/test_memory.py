@@ -5,7 +5,7 @@ import random
 import threading
 
 import pytest
-from conftest import EOS, Server
+from conftest import EOS, Server, wait_until
 from reference import random_lora, save_lora
 
 COUNT = 24  # of which a megabyte holds about half
@@ -121,6 +121,15 @@ def test_all_that_fit_are_held(long_directory, many, tmp_path):
         holders = [threading.Thread(target=hold, args=(name_of(i),)) for i in range(COUNT)]
         for thread in holders:
             thread.start()
+        running = 0
+
+        def all_have_come():  # each is refused or runs
+            nonlocal running
+            running = server.metric("sequences_running")
+            return running + len(replies) == COUNT
+
+        wait_until(all_have_come)
+        assert 4 < running < COUNT
         for thread in holders:
             thread.join()
         statuses = [status for status, _ in replies.values()]
