@@ -5,9 +5,7 @@ import os
 import statistics
 import subprocess
 
-from sides import PREFIX, Peer, heading, output_of, spread
-
-RANK = 16
+from sides import PREFIX, RANK, Peer, heading, output_of, spread
 
 # ---------------------------------------------------------------------------------------------------- layer, optimizer
 

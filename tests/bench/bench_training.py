@@ -4,9 +4,9 @@ import os
 import statistics
 
 import random_model
-from sides import Peer, heading, output_of, spread
+from sides import RANK, Peer, heading, output_of, spread
 
-BATCH, TOKENS, RANK = 4, 256, 16
+BATCH, TOKENS = 4, 256
 
 # ------------------------------------------------------------------------------------------------------------ training
 

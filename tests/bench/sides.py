@@ -12,6 +12,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 HUGE = str(1 << 34)
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": HUGE, "MALLOC_TRIM_THRESHOLD_": HUGE}  # glibc gives no memory back
 PREFIX = shlex.split(os.environ.get("BENCH_PREFIX", ""))  # of every measured process
+RANK = 16  # of the adapters that are measured
 
 
 def heading(text):
