@@ -231,11 +231,11 @@ static void test_merge_kernels(void **state)
 {
     (void)state;
     check_reseed(1);
-    static const int64_t shapes[][3] = {{1, 1, 1},     {1, 64, 1},    {6, 64, 8},     {7, 65, 3},
-                                        {24, 128, 16}, {25, 129, 5},  {53, 97, 7},    {61, 193, 33},
-                                        {128, 64, 64}, {31, 257, 31}, {20, 150, 256}, {130, 131, 130}};
+    static const int64_t shapes[][3] = {{1, 1, 1},      {1, 64, 1},      {6, 64, 8},    {7, 65, 3},    {24, 128, 16},
+                                        {25, 129, 5},   {53, 97, 7},     {61, 193, 33}, {128, 64, 64}, {31, 257, 31},
+                                        {20, 150, 256}, {130, 131, 130}, {53, 544, 2}};
     for (int level = first_level(); level <= last_level(); ++level)
-        for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 3 : 0); ++s)
+        for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 4 : 0); ++s)
             for (int32_t dtype = PLORA_F32; dtype <= PLORA_F16; ++dtype)
                 for (int transposed = 0; transposed < 2; ++transposed) {
                     const int64_t extra = check_integer(0, 1) ? check_integer(1, 19) : 0;
@@ -568,8 +568,9 @@ static void test_merge_rounded(void **state)
 {
     (void)state;
     check_reseed(7);
-    static const int64_t shapes[][3] = {{1, 1, 1}, {7, 65, 3}, {24, 128, 16}, {130, 257, 5}, {61, 193, 33}};
-    for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 2 : 0); ++s)
+    static const int64_t shapes[][3] = {{1, 1, 1},     {7, 65, 3},    {24, 128, 16},
+                                        {130, 257, 5}, {61, 193, 33}, {53, 544, 2}};
+    for (int s = 0; s < CHECK_COUNT(shapes) - (check_quick() ? 3 : 0); ++s)
         for (int32_t dtype = PLORA_BF16; dtype <= PLORA_F16; ++dtype)
             for (int32_t rounding = PLORA_ROUND_STOCHASTIC; rounding <= PLORA_ROUND_RESIDUAL; ++rounding) {
                 const int64_t extra = check_integer(0, 1) ? check_integer(1, 19) : 0;

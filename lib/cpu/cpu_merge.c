@@ -148,20 +148,19 @@ static void pack_right(const struct cpu_merge_kernels *kernels, int threads, con
                             args->weight.dtype, right + panel * width * depth);
 }
 
+/* The rows [first, first + count), of which `first` is a multiple of tile_rows. partial NULL = only they are wanted. */
 static void merge_block(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args,
-                        const struct layout *places, int64_t number)
+                        const struct layout *places, int64_t first, int64_t count, struct partial *partial)
 {
     const plora_matrix *weight = &args->weight;
-    const int64_t rank = args->rank, depth = kernels->depth(rank), height = kernels->tile_rows;
-    const int64_t first = number * kernels->block_rows, count = at_most(kernels->block_rows, weight->rows - first);
+    const int64_t rank = args->rank, depth = kernels->depth(rank), tile = kernels->tile_rows;
     const int dry = args->overflows != NULL;
     char *base = args->workspace;
     float *left = (float *)(base + places->left) + first * depth;
-    struct partial *partial = (struct partial *)(base + places->partials) + number;
-    for (int64_t row = 0; row < count; row += height)
+    for (int64_t row = 0; row < count; row += tile)
         kernels->pack_tile(args->left + (first + row) * args->left_row_stride, args->left_row_stride,
-                           args->left_rank_stride, rank, at_most(height, count - row), left + row * depth);
-    partial->overflows = 0;
+                           args->left_rank_stride, rank, at_most(tile, count - row), left + row * depth);
+    if (partial != NULL) partial->overflows = 0;
     struct cpu_merge_block block = {
         .weight = (char *)weight->data + (size_t)(first * weight->stride) * plora__dtype_size(weight->dtype),
         .stride = weight->stride,
@@ -176,8 +175,8 @@ static void merge_block(const struct cpu_merge_kernels *kernels, const struct pl
         .factor = args->factor,
         .left = left,
         .right = (const float *)base,
-        .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
-        .overflows = dry ? &partial->overflows : NULL,
+        .sums = partial != NULL && args->sums != NULL && !dry ? &partial->sums : NULL,
+        .overflows = partial != NULL && dry ? &partial->overflows : NULL,
     };
     block.draw.first_element += first * args->draw.row_elements;
     kernels->block(&block);
@@ -187,7 +186,7 @@ void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const 
 {
     const struct layout places = layout(kernels, args);
     const int dry = args->overflows != NULL;
-    const struct partial *partials = (const struct partial *)((char *)args->workspace + places.partials);
+    struct partial *partials = (struct partial *)((char *)args->workspace + places.partials);
     const int ranked = args->sums != NULL && !dry && args->part != PLORA__MERGE_ROWS;
     const double effective = ranked ? effective_rank(kernels, threads, args, &places) : 0;
     if (args->part == PLORA__MERGE_RANK) {
@@ -196,8 +195,11 @@ void cpu_merge_with(const struct cpu_merge_kernels *kernels, int threads, const 
     }
     pack_right(kernels, threads, args, &places);
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (int64_t number = 0; number < places.blocks; ++number)
-        merge_block(kernels, args, &places, number);
+    for (int64_t number = 0; number < places.blocks; ++number) {
+        const int64_t first = number * kernels->block_rows;
+        merge_block(kernels, args, &places, first, at_most(kernels->block_rows, args->weight.rows - first),
+                    partials + number);
+    }
     combine(partials, places.blocks, dry ? NULL : args->sums, args->overflows);
     if (args->sums != NULL && !dry) args->sums->effective_rank = effective;
 }
@@ -236,10 +238,14 @@ void cpu_merge_rows(int threads, const struct plora__merge_args *args)
 {
     const struct cpu_merge_kernels *kernels = kernels_for(args);
     const struct layout places = layout(kernels, args);
+    const int64_t share = pieces(places.tiles, threads) * kernels->tile_rows; /* of a thread */
     pack_right(kernels, threads, args, &places);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t number = 0; number < places.blocks; ++number)
-        merge_block(kernels, args, &places, number);
+    for (int64_t begin = 0; begin < args->weight.rows; begin += share) {
+        const int64_t end = at_most(begin + share, args->weight.rows);
+        for (int64_t first = begin; first < end; first += kernels->block_rows)
+            merge_block(kernels, args, &places, first, at_most(kernels->block_rows, end - first), NULL);
+    }
 }
 
 size_t cpu_merge_workspace(void *device, const struct plora__merge_args *args)

@@ -5,8 +5,8 @@
  *     W[i,j]   = round(W[i,j] + factor sum[i,j]) one fma (portable level: product and sum) and one rounding, to nearest even or by
  *                                                merge_rounding.h
  *
- * W is read and written once; rows of tiles walk along the columns, and the next tile's lines are prefetched while this one
- * computes. A tile over the edge works on a copy padded with zeros, so that every element goes through the same operations.
+ * W is read and written once, strip by strip, and the lines of a tile to come are prefetched while this one is computed. A tile
+ * over the edge works on a copy padded with zeros, so that every element goes through the same operations.
  *
  * bf16 columns are paired: one 32-bit lane holds columns 2j (low half) and 2j+1 (high half), so widening is a shift and a mask,
  * and no lane ever moves. pack_panel() deals the columns of `right` accordingly: evens first, then odds. */
@@ -17,18 +17,21 @@
 #include "dtype.h"
 #include "vector.h"
 
-/* A block is few rows where the nearest cache has 8 ways: rows of 4096 numbers begin in the same set of it, and the lines of a block, with
- * those that are fetched ahead, must not push each other out. */
+/* A block of W, BLOCK_TILES tiles high, is walked in strips of STRIP_TILES tiles, row by row: a strip of `right` stays in the nearest
+ * cache, and few rows of W are in it at a time: rows of 4096 numbers begin in the same set of it. What is fetched is the tile below, or
+ * the one beside that in the next strip. */
 #if CPU_ISA == CPU_ISA_AMX
-enum { TILE_ROWS = 16, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 0, FETCH_LEVEL = 2 };
+enum { TILE_ROWS = 16, TILE_VECTORS = 4, BLOCK_TILES = 4, STRIP_TILES = 1, GRAM_ROWS = 4 };
+enum { FETCH_BELOW = 0, FETCH_AT_ONCE = 0, FETCH_TO_WRITE = 0, FETCH_LEVEL = 2 };
 #elif CPU_ISA == CPU_ISA_AVX512
-enum { TILE_ROWS = 6, TILE_VECTORS = 4, BLOCK_TILES = 4, GRAM_ROWS = 4, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
-#elif CPU_ISA == CPU_ISA_AVX2
-enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 1, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
+enum { TILE_ROWS = 6, TILE_VECTORS = 4, BLOCK_TILES = 4, STRIP_TILES = 1, GRAM_ROWS = 4 };
+enum { FETCH_BELOW = 0, FETCH_AT_ONCE = 0, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #else
-enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 1, GRAM_ROWS = 2, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
+enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 8, STRIP_TILES = 8, GRAM_ROWS = 2 };
+enum { FETCH_BELOW = 1, FETCH_AT_ONCE = 1, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #endif
-enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
+enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, STRIP_COLUMNS = STRIP_TILES * TILE_COLUMNS };
+enum { GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
 
 #define PAIR_BYTES(dtype) (((dtype) == PLORA_F32 ? 2 : 1) * (int64_t)sizeof(cpu_vf))
 
@@ -86,24 +89,51 @@ CPU_INLINE struct pair split_bf16(cpu_vu halves)
     return (struct pair){(cpu_vf)(halves << 16), (cpu_vf)(halves & 0xffff0000u)};
 }
 
+/* Of each lane the upper 16 bits of `upper` and the lower ones of `lower`. */
+CPU_INLINE cpu_vu join_halves(cpu_vu upper, cpu_vu lower)
+{
+#if CPU_ISA >= CPU_ISA_AVX512
+    enum { CHOOSE = 0xca }; /* a ? b : c */
+    return (cpu_vu)_mm512_ternarylogic_epi32(_mm512_set1_epi32((int)0xffff0000u), (__m512i)upper, (__m512i)lower,
+                                             CHOOSE);
+#elif CPU_ISA == CPU_ISA_AVX2
+    return (cpu_vu)_mm256_blend_epi16((__m256i)lower, (__m256i)upper, 0xaa);
+#else
+    return (upper & 0xffff0000u) | (lower & 0xffffu);
+#endif
+}
+
+/* Upper and lower halves of a pair of registers, in the order of the columns. */
+struct halves {
+    cpu_vu upper, lower;
+};
+
+CPU_INLINE struct halves halves_of(struct pair value)
+{
+    const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
+    return (struct halves){join_halves(second, first >> 16), join_halves(second << 16, first)};
+}
+
+CPU_INLINE struct pair pair_of(struct halves halves)
+{
+    return (struct pair){(cpu_vf)join_halves(halves.upper << 16, halves.lower),
+                         (cpu_vf)join_halves(halves.upper, halves.lower >> 16)};
+}
+
 /* Both registers rounded to bf16 and joined again. With h the upper and l the lower half of a float, h goes up when l is past
  * the middle, or on it with h odd: when (l | (h & 1)) > 0x8000. The NaNs that an addition makes have l = 0 and stay NaN. */
 CPU_INLINE cpu_vu join_bf16(struct pair value)
 {
-    const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
+    const struct halves halves = halves_of(value);
 #if CPU_ISA >= CPU_ISA_AVX512
     enum { OR_AND = 0xf8 }; /* a | (b & c) */
-    const __m512i high =
-        _mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32((int)0xffff0000u), OR_AND);
-    const __m512i low =
-        _mm512_ternarylogic_epi32((__m512i)(second << 16), (__m512i)first, _mm512_set1_epi32(0xffff), OR_AND);
-    const __m512i tie = _mm512_ternarylogic_epi32(low, high, _mm512_set1_epi16(1), OR_AND);
+    const __m512i high = (__m512i)halves.upper;
+    const __m512i tie = _mm512_ternarylogic_epi32((__m512i)halves.lower, high, _mm512_set1_epi16(1), OR_AND);
     const __mmask32 up = _mm512_cmpgt_epu16_mask(tie, _mm512_set1_epi16(INT16_MIN));
     return (cpu_vu)_mm512_mask_add_epi16(high, up, high, _mm512_set1_epi16(1));
 #else
-    const cpu_vu16 high = (cpu_vu16)((first >> 16) | (second & 0xffff0000u));
-    const cpu_vu16 low = (cpu_vu16)((second << 16) | (first & 0xffffu));
-    return (cpu_vu)(high - (cpu_vu16)((low | (high & 1)) > 0x8000u));
+    const cpu_vu16 high = (cpu_vu16)halves.upper, tie = (cpu_vu16)halves.lower | (high & 1);
+    return (cpu_vu)(high - (cpu_vu16)((cpu_vi16)(tie ^ 0x8000u) > 0)); /* a signed comparison is one instruction */
 #endif
 }
 
@@ -178,27 +208,43 @@ CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random,
 CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random, const cpu_vf sum[TILE_VECTORS],
                         struct work work)
 {
+    enum { PAIRS_OF_ROW = TILE_VECTORS / 2, COLUMNS = 2 * CPU_LANES };
     const cpu_vf factors = cpu_broadcast(work.factor);
+    const int64_t bytes = PAIR_BYTES(work.dtype);
     char *weight = place->weight + row * place->stride;
     uint16_t *low = work.rounding == PLORA_ROUND_RESIDUAL ? (uint16_t *)(place->low + row * place->low_stride) : NULL;
+    struct pair before[PAIRS_OF_ROW], after[PAIRS_OF_ROW];
+    cpu_vu largest = {0};
 #pragma GCC unroll 8
-    for (int j = 0; j < TILE_VECTORS; j += 2) {
-        const struct pair before = load_value(weight, low, work);
-        const struct pair after = {cpu_fma(factors, sum[j], before.first), cpu_fma(factors, sum[j + 1], before.second)};
-        store_value(weight, low, random, after, work);
-        if (work.sums != NULL) {
-            const struct pair stored = load_value(weight, low, work);
-            const cpu_vd wide_factor = cpu_widen(factors, 0);
-            add_sums(work.sums, before.first, stored.first, sum[j], wide_factor);
-            add_sums(work.sums, before.second, stored.second, sum[j + 1], wide_factor);
-        }
-        weight += PAIR_BYTES(work.dtype);
-        if (work.rounding == PLORA_ROUND_RESIDUAL) low += 2 * CPU_LANES;
-        if (work.rounding == PLORA_ROUND_STOCHASTIC) random += 2 * CPU_LANES;
+    for (int i = 0; i < PAIRS_OF_ROW; ++i) {
+        before[i] = load_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS, work);
+        after[i].first = cpu_fma(factors, sum[2 * i], before[i].first);
+        after[i].second = cpu_fma(factors, sum[2 * i + 1], before[i].second);
+        if (work.rounding != PLORA_ROUND_NEAREST) largest = larger(largest, after[i], work.dtype);
+    }
+    if (work.rounding != PLORA_ROUND_NEAREST && __builtin_expect(is_near_largest(largest, work.dtype), 0)) {
+        float values[TILE_COLUMNS];
+        for (int i = 0; i < PAIRS_OF_ROW; ++i)
+            lay_out(values + i * COLUMNS, after[i], work.dtype);
+        store_slowly((uint16_t *)weight, low, random, values, work.dtype);
+    } else {
+#pragma GCC unroll 8
+        for (int i = 0; i < PAIRS_OF_ROW; ++i)
+            store_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS,
+                        random == NULL ? NULL : random + i * COLUMNS, after[i], work);
+    }
+    if (work.sums == NULL) return;
+#pragma GCC unroll 8
+    for (int i = 0; i < PAIRS_OF_ROW; ++i) {
+        const struct pair stored = load_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS, work);
+        const cpu_vd wide_factor = cpu_widen(factors, 0);
+        add_sums(work.sums, before[i].first, stored.first, sum[2 * i], wide_factor);
+        add_sums(work.sums, before[i].second, stored.second, sum[2 * i + 1], wide_factor);
     }
 }
 
-/* The next tile, whose lines are fetched row by row while this one is computed: all at once would use up the fill buffers. */
+/* A tile whose lines are fetched row by row while this one is computed: where rows are many and long, all at once would use up the
+ * fill buffers. */
 struct ahead {
     uintptr_t row, low_row; /* may lie past the weight, where a prefetch does no harm; low_row 0 = none */
     int64_t stride, row_bytes, low_stride, done;
@@ -234,7 +280,8 @@ CPU_INLINE void merge_tile(struct lag *lag, const struct place *place, const flo
     struct random random;
     if (work.rounding == PLORA_ROUND_STOCHASTIC) draw_rows(work.drawing, place->element, &random);
     cpu_vf sum[TILE_ROWS][TILE_VECTORS];
-    const int64_t phase = (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL; /* of the sum over r */
+    /* The sum over r goes on in phases, between which rows are fetched. */
+    const int64_t phase = FETCH_AT_ONCE ? rank : (rank + TILE_ROWS * UNROLL - 1) / (TILE_ROWS * UNROLL) * UNROLL;
     (void)lag;
 #pragma GCC unroll 8
     for (int i = 0; i < TILE_ROWS; ++i)
@@ -339,51 +386,58 @@ static void close_copy(const struct copy *copy, const struct place *place, const
                   (size_t)(copy->columns * low_size));
 }
 
+/* The tile at [row, column]. */
+CPU_INLINE void merge_at(const struct cpu_merge_block *block, int64_t row, int64_t column, struct work work,
+                         struct lag *lag, struct copy *copy)
+{
+    const int64_t size = (int64_t)plora__dtype_size(work.dtype), low_size = (int64_t)sizeof(uint16_t);
+    const int64_t stride = block->stride * size, low_stride = block->residual_stride * low_size;
+    const int64_t deep = depth(block->rank);
+    const int has_low = work.rounding == PLORA_ROUND_RESIDUAL;
+    const struct place place = {
+        .weight = (char *)block->weight + row * stride + column * size,
+        .low = has_low ? (char *)block->residual + row * low_stride + column * low_size : NULL,
+        .stride = stride,
+        .low_stride = low_stride,
+        .element = block->draw.first_element + row * block->draw.row_elements + column,
+    };
+    const int below = FETCH_BELOW && row + TILE_ROWS < block->rows;
+    const int64_t down = below ? TILE_ROWS : FETCH_BELOW ? -row : 0, aside = below ? 0 : STRIP_COLUMNS;
+    const struct ahead next = {
+        .row = (uintptr_t)place.weight + (uintptr_t)(down * stride + aside * size),
+        .low_row = has_low ? (uintptr_t)place.low + (uintptr_t)(down * low_stride + aside * low_size) : 0,
+        .stride = stride,
+        .row_bytes = TILE_COLUMNS * size,
+        .low_stride = low_stride,
+    };
+    const int64_t rows = block->rows - row, columns = block->columns - column;
+    const int whole = rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL;
+    struct place here = place;
+    if (!whole) {
+        copy->rows = rows < TILE_ROWS ? rows : TILE_ROWS;
+        copy->columns = columns < TILE_COLUMNS ? columns : TILE_COLUMNS;
+        here = open_copy(copy, &place, size, block->overflows != NULL);
+    }
+    merge_tile(lag, &here, block->left + row * deep, block->right + column * deep, block->rank, work, next);
+    if (!whole) {
+        finish_tile(lag, work);
+        close_copy(copy, &place, block);
+    }
+}
+
 CPU_INLINE void merge_block(const struct cpu_merge_block *block, int32_t dtype, int32_t rounding,
                             struct lane_sums *sums)
 {
-    const int64_t size = (int64_t)plora__dtype_size(dtype), stride = block->stride * size,
-                  tile_stride = TILE_COLUMNS * size, deep = depth(block->rank);
-    const int64_t low_stride = block->residual_stride * (int64_t)sizeof(uint16_t);
     struct drawing drawing;
     if (rounding == PLORA_ROUND_STOCHASTIC) open_drawing(&drawing, &block->draw);
     const struct work work = {dtype, rounding, block->factor, &drawing, sums};
     struct lag lag = {0};
     struct copy copy;
-    for (int64_t column = 0; column < block->columns; column += TILE_COLUMNS) {
-        const float *right = block->right + column * deep;
-        for (int64_t row = 0; row < block->rows; row += TILE_ROWS) {
-            const float *left = block->left + row * deep;
-            const struct place place = {
-                .weight = (char *)block->weight + row * stride + column * size,
-                .low = rounding == PLORA_ROUND_RESIDUAL
-                           ? (char *)block->residual + row * low_stride + column * (int64_t)sizeof(uint16_t)
-                           : NULL,
-                .stride = stride,
-                .low_stride = low_stride,
-                .element = block->draw.first_element + row * block->draw.row_elements + column,
-            };
-            const struct ahead next = {
-                .row = (uintptr_t)place.weight + (uintptr_t)tile_stride,
-                .low_row = rounding == PLORA_ROUND_RESIDUAL ? (uintptr_t)place.low + (uintptr_t)tile_stride : 0,
-                .stride = stride,
-                .row_bytes = tile_stride,
-                .low_stride = low_stride};
-            const int64_t rows = block->rows - row, columns = block->columns - column;
-            const int whole = rows >= TILE_ROWS && columns >= TILE_COLUMNS && block->overflows == NULL;
-            struct place here = place;
-            if (!whole) {
-                copy.rows = rows < TILE_ROWS ? rows : TILE_ROWS;
-                copy.columns = columns < TILE_COLUMNS ? columns : TILE_COLUMNS;
-                here = open_copy(&copy, &place, size, block->overflows != NULL);
-            }
-            merge_tile(&lag, &here, left, right, block->rank, work, next);
-            if (!whole) {
-                finish_tile(&lag, work);
-                close_copy(&copy, &place, block);
-            }
-        }
-    }
+    for (int64_t strip = 0; strip < block->columns; strip += STRIP_COLUMNS)
+        for (int64_t row = 0; row < block->rows; row += TILE_ROWS)
+            for (int64_t column = strip; column < strip + STRIP_COLUMNS && column < block->columns;
+                 column += TILE_COLUMNS)
+                merge_at(block, row, column, work, &lag, &copy);
     finish_tile(&lag, work);
 }
 

@@ -44,10 +44,8 @@ static void open_drawing(struct drawing *drawing, const struct plora__merge_draw
 }
 
 /* The halves of one block a lane. Even lanes' words come first in memory, then those of odd lanes. */
-CPU_INLINE void draw_lanes(const struct drawing *drawing, cpu_vul block, uint16_t *to)
+CPU_INLINE void store_lanes(const cpu_vul c[4], uint16_t *to)
 {
-    cpu_vul c[4] = {block, block >> 32, (cpu_vul){0} + drawing->step, (cpu_vul){0} + drawing->purpose};
-    cpu_philox(c, &drawing->keys);
 #if CPU_ISA >= CPU_ISA_AVX512
     const __m512i first = _mm512_mask_shuffle_epi32((__m512i)c[0], 0xaaaa, (__m512i)c[1], _MM_PERM_CCAA);
     const __m512i last = _mm512_mask_shuffle_epi32((__m512i)c[2], 0xaaaa, (__m512i)c[3], _MM_PERM_CCAA);
@@ -67,6 +65,23 @@ CPU_INLINE void draw_lanes(const struct drawing *drawing, cpu_vul block, uint16_
 #endif
 }
 
+/* Those of `count` registers of block numbers, one after the other. */
+CPU_INLINE void draw_lanes(const struct drawing *drawing, const cpu_vul *blocks, int count, uint16_t *to)
+{
+    cpu_vul c[RANDOM_ROWS][4];
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i) {
+        c[i][0] = blocks[i];
+        c[i][1] = blocks[i] >> 32;
+        c[i][2] = (cpu_vul){0} + drawing->step;
+        c[i][3] = (cpu_vul){0} + drawing->purpose;
+    }
+    cpu_philox(c, count, &drawing->keys);
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+        store_lanes(c[i], to + i * CPU_PHILOX_LANES * PLORA__ROUNDING_BLOCK);
+}
+
 /* Block numbers as draw_lanes() wants them, from those in order. */
 CPU_INLINE cpu_vul deal_lanes(const uint64_t numbers[CPU_PHILOX_LANES])
 {
@@ -83,9 +98,11 @@ CPU_INLINE void draw_rows(const struct drawing *drawing, int64_t element, struct
     if ((int)ROW_BLOCKS == CPU_PHILOX_LANES && drawing->blocks == ROW_BLOCKS) { /* a row is a register of counters */
         static const uint64_t order[8] = {0, 1, 2, 3, 4, 5, 6, 7};
         const cpu_vul lanes = deal_lanes(order);
+        cpu_vul blocks[RANDOM_ROWS];
 #pragma GCC unroll 8
         for (int row = 0; row < RANDOM_ROWS; ++row, element += drawing->row_elements)
-            draw_lanes(drawing, lanes + (uint64_t)element / PLORA__ROUNDING_BLOCK, random->number + row * TILE_COLUMNS);
+            blocks[row] = lanes + (uint64_t)element / PLORA__ROUNDING_BLOCK;
+        draw_lanes(drawing, blocks, RANDOM_ROWS, random->number);
         return;
     }
     uint64_t numbers[RANDOM_BLOCKS];
@@ -96,7 +113,8 @@ CPU_INLINE void draw_rows(const struct drawing *drawing, int64_t element, struct
     while (count % CPU_PHILOX_LANES != 0)
         numbers[count++] = 0;
     for (int first = 0; first < count; first += CPU_PHILOX_LANES)
-        draw_lanes(drawing, deal_lanes(numbers + first), random->number + first * PLORA__ROUNDING_BLOCK);
+        draw_lanes(drawing, (cpu_vul[]){deal_lanes(numbers + first)}, 1,
+                   random->number + first * PLORA__ROUNDING_BLOCK);
 }
 
 /* Those of one row, whose first column is `element`. */
@@ -107,63 +125,10 @@ CPU_INLINE const uint16_t *random_row(const struct random *random, int64_t row, 
 
 /* ----------------------------------------------------------------------------------------------------------- bits of registers */
 
-/* Whether any bit is set. */
-CPU_INLINE int any_bit(cpu_vl bits)
-{
-#if CPU_ISA == CPU_ISA_AVX2
-    return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
-#else
-    int64_t any = 0;
-    for (int i = 0; i < CPU_LANES / 2; ++i)
-        any |= bits[i];
-    return any != 0;
-#endif
-}
-
-/* Whether any 16 (32) bits of a register are at least `limit`, without their sign. */
-CPU_INLINE int any_half_from(cpu_vu halves, uint16_t limit)
-{
-    const cpu_vu magnitude = halves & 0x7fff7fffu;
-#if CPU_ISA >= CPU_ISA_AVX512
-    return _mm512_cmpge_epu16_mask((__m512i)magnitude, _mm512_set1_epi16((int16_t)limit)) != 0;
-#else
-    return any_bit((cpu_vl)((cpu_vu16)magnitude >= limit));
-#endif
-}
-
-CPU_INLINE int any_word_from(cpu_vu words, uint32_t limit)
-{
-    const cpu_vu magnitude = words & INT32_MAX;
-#if CPU_ISA >= CPU_ISA_AVX512
-    return _mm512_cmpge_epu32_mask((__m512i)magnitude, _mm512_set1_epi32((int32_t)limit)) != 0;
-#else
-    return any_bit((cpu_vl)(magnitude >= limit));
-#endif
-}
-
 /* condition ? a : b, lane by lane. */
 CPU_INLINE cpu_vu choose(cpu_vi condition, cpu_vu a, cpu_vu b)
 {
     return ((cpu_vu)condition & a) | (~(cpu_vu)condition & b);
-}
-
-/* Upper and lower halves of a pair of registers. */
-struct halves {
-    cpu_vu upper, lower;
-};
-
-CPU_INLINE struct halves halves_of(struct pair value)
-{
-    const cpu_vu first = (cpu_vu)value.first, second = (cpu_vu)value.second;
-#if CPU_ISA >= CPU_ISA_AVX512
-    enum { OR_AND = 0xf8 }; /* a | (b & c) */
-    return (struct halves){
-        (cpu_vu)_mm512_ternarylogic_epi32((__m512i)(first >> 16), (__m512i)second, _mm512_set1_epi32((int)0xffff0000u),
-                                          OR_AND),
-        (cpu_vu)_mm512_ternarylogic_epi32((__m512i)(second << 16), (__m512i)first, _mm512_set1_epi32(0xffff), OR_AND)};
-#else
-    return (struct halves){(first >> 16) | (second & 0xffff0000u), (second << 16) | (first & 0xffffu)};
-#endif
 }
 
 /* CPU_LANES numbers of 16 bits, widened and narrowed. */
@@ -194,12 +159,27 @@ CPU_INLINE void store_halves(uint16_t *to, cpu_vu value)
 #endif
 }
 
-/* -------------------------------------------------------------------------------------------------------------------- at random */
+/* ------------------------------------------------------------------------------------------------------------ near the largest */
 
-enum { NEAR_LARGEST_BF16 = 0x7f7f, NEAR_LARGEST_F16 = 0x477fe000 }; /* of a bf16, of a float */
+/* max(largest, magnitude of the value), by halves of a bf16 pair (doubled: without sign) and by lanes of others. */
+CPU_INLINE cpu_vu larger(cpu_vu largest, struct pair value, int32_t dtype)
+{
+    if (dtype == PLORA_BF16) {
+        const cpu_vu16 doubled = (cpu_vu16)halves_of(value).upper * 2;
+        return cpu_max_halves(largest, (cpu_vu)doubled);
+    }
+    return cpu_max_words(cpu_max_words(largest, (cpu_vu)value.first & INT32_MAX), (cpu_vu)value.second & INT32_MAX);
+}
+
+/* Whether one of them is so large that its neighbour is infinite, or nearly. */
+CPU_INLINE int is_near_largest(cpu_vu largest, int32_t dtype)
+{
+    return dtype == PLORA_BF16 ? cpu_any_half_above(largest, 2 * 0x7f7f - 1)
+                               : cpu_any_word_above(largest, 0x477fe000 - 1);
+}
 
 /* The values of a pair in the order of the columns. */
-static void lay_out(float values[2 * CPU_LANES], struct pair value, int32_t dtype)
+CPU_INLINE void lay_out(float values[2 * CPU_LANES], struct pair value, int32_t dtype)
 {
     for (int i = 0; i < CPU_LANES; ++i) {
         values[dtype == PLORA_BF16 ? 2 * i : i] = value.first[i];
@@ -207,14 +187,19 @@ static void lay_out(float values[2 * CPU_LANES], struct pair value, int32_t dtyp
     }
 }
 
-static __attribute__((noinline)) void store_random_slowly(uint16_t *to, struct pair value, const uint16_t *random,
-                                                          int32_t dtype)
+/* A row of a tile by the functions of rounding.h. */
+static __attribute__((noinline)) void store_slowly(uint16_t *to, uint16_t *low, const uint16_t *random,
+                                                   const float values[TILE_COLUMNS], int32_t dtype)
 {
-    float values[2 * CPU_LANES];
-    lay_out(values, value, dtype);
-    for (int i = 0; i < 2 * CPU_LANES; ++i)
-        to[i] = plora__round_stochastic(values[i], random[i], dtype);
+    for (int i = 0; i < TILE_COLUMNS; ++i) {
+        if (low != NULL)
+            plora__split_residual(values[i], dtype, &to[i], &low[i]);
+        else
+            to[i] = plora__round_stochastic(values[i], random[i], dtype);
+    }
 }
+
+/* -------------------------------------------------------------------------------------------------------------------- at random */
 
 CPU_INLINE cpu_vu random_f16(cpu_vf value, cpu_vu random)
 {
@@ -242,16 +227,7 @@ CPU_INLINE void store_random(char *to, struct pair value, const uint16_t *random
 #else
         const cpu_vu16 rounded = (cpu_vu16)halves.upper - (cpu_vu16)((cpu_vu16)draw < (cpu_vu16)halves.lower);
 #endif
-        if (__builtin_expect(any_half_from(halves.upper, NEAR_LARGEST_BF16), 0))
-            store_random_slowly(half, value, random, dtype);
-        else
-            cpu_store(to, (cpu_vf)rounded);
-        return;
-    }
-    if (__builtin_expect(any_word_from((cpu_vu)value.first, NEAR_LARGEST_F16) |
-                             any_word_from((cpu_vu)value.second, NEAR_LARGEST_F16),
-                         0)) {
-        store_random_slowly(half, value, random, dtype);
+        cpu_store(to, (cpu_vf)rounded);
         return;
     }
     store_halves(half, random_f16(value.first, load_halves(random)));
@@ -259,14 +235,6 @@ CPU_INLINE void store_random(char *to, struct pair value, const uint16_t *random
 }
 
 /* --------------------------------------------------------------------------------------------------------------- with a residual */
-
-static __attribute__((noinline)) void store_split_slowly(uint16_t *to, uint16_t *low, struct pair value, int32_t dtype)
-{
-    float values[2 * CPU_LANES];
-    lay_out(values, value, dtype);
-    for (int i = 0; i < 2 * CPU_LANES; ++i)
-        plora__split_residual(values[i], dtype, &to[i], &low[i]);
-}
 
 CPU_INLINE void split_f16(uint16_t *to, uint16_t *low, cpu_vf value)
 {
@@ -285,18 +253,8 @@ CPU_INLINE void store_split(char *to, uint16_t *low, struct pair value, int32_t 
     uint16_t *half = (uint16_t *)to;
     if (dtype == PLORA_BF16) {
         const struct halves halves = halves_of(value);
-        if (__builtin_expect(any_half_from(halves.upper, NEAR_LARGEST_BF16), 0)) {
-            store_split_slowly(half, low, value, dtype);
-            return;
-        }
         cpu_store(to, (cpu_vf)((cpu_vu16)halves.upper + ((cpu_vu16)halves.lower >> 15)));
         cpu_store(low, (cpu_vf)halves.lower);
-        return;
-    }
-    if (__builtin_expect(any_word_from((cpu_vu)value.first, NEAR_LARGEST_F16) |
-                             any_word_from((cpu_vu)value.second, NEAR_LARGEST_F16),
-                         0)) {
-        store_split_slowly(half, low, value, dtype);
         return;
     }
     split_f16(half, low, value.first);
@@ -320,15 +278,7 @@ CPU_INLINE struct pair load_joined(const char *from, const uint16_t *low, int32_
                              join_f16(load_halves(half + CPU_LANES), load_halves(low + CPU_LANES))};
     const cpu_vu lower = (cpu_vu)cpu_load(low);
     const cpu_vu upper = (cpu_vu)((cpu_vu16)(cpu_vu)cpu_load(from) - ((cpu_vu16)lower >> 15));
-#if CPU_ISA >= CPU_ISA_AVX512
-    enum { OR_AND = 0xf8 }; /* a | (b & c) */
-    return (struct pair){
-        (cpu_vf)_mm512_ternarylogic_epi32((__m512i)(upper << 16), (__m512i)lower, _mm512_set1_epi32(0xffff), OR_AND),
-        (cpu_vf)_mm512_ternarylogic_epi32((__m512i)(lower >> 16), (__m512i)upper, _mm512_set1_epi32((int)0xffff0000u),
-                                          OR_AND)};
-#else
-    return (struct pair){(cpu_vf)(upper << 16 | (lower & 0xffffu)), (cpu_vf)((upper & 0xffff0000u) | lower >> 16)};
-#endif
+    return pair_of((struct halves){upper, lower});
 }
 
 #endif

@@ -30,20 +30,25 @@ CPU_INLINE cpu_vul cpu_xor(cpu_vul a, cpu_vul b, cpu_vul c)
 #if CPU_ISA >= CPU_ISA_AVX512
     return (cpu_vul)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
 #else
-    return a ^ b ^ c;
+    return a ^ (b ^ c);
 #endif
 }
 
-CPU_INLINE void cpu_philox(cpu_vul c[4], const struct cpu_philox_keys *keys)
+/* `count` registers of counters at once: one chain of rounds alone waits for itself. */
+CPU_INLINE void cpu_philox(cpu_vul (*c)[4], int count, const struct cpu_philox_keys *keys)
 {
     const cpu_vul m0 = (cpu_vul){0} + PLORA__PHILOX_M0, m1 = (cpu_vul){0} + PLORA__PHILOX_M1;
 #pragma GCC unroll 10
     for (int round = 0; round < CPU_PHILOX_ROUNDS; ++round) {
-        const cpu_vul product0 = cpu_multiply_low(c[0], m0), product1 = cpu_multiply_low(c[2], m1);
-        c[0] = cpu_xor(product1 >> 32, c[1], (cpu_vul){0} + keys->key[round][0]);
-        c[1] = product1;
-        c[2] = cpu_xor(product0 >> 32, c[3], (cpu_vul){0} + keys->key[round][1]);
-        c[3] = product0;
+        const cpu_vul key0 = (cpu_vul){0} + keys->key[round][0], key1 = (cpu_vul){0} + keys->key[round][1];
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i) {
+            const cpu_vul product0 = cpu_multiply_low(c[i][0], m0), product1 = cpu_multiply_low(c[i][2], m1);
+            c[i][0] = cpu_xor(product1 >> 32, c[i][1], key0);
+            c[i][1] = product1;
+            c[i][2] = cpu_xor(product0 >> 32, c[i][3], key1);
+            c[i][3] = product0;
+        }
     }
 }
 
