@@ -42,16 +42,16 @@ static void draw(uint32_t *words, uint64_t seed, enum plora__purpose purpose, ui
     const struct cpu_philox_keys keys = cpu_philox_keys(seed);
     for (int begin = 0; begin < CPU_DRAWS; begin += LANES, words += 4 * LANES) {
         const struct plora__words counter = plora__counter(purpose, step, layer, first + (uint64_t)begin);
-        cpu_vul c[1][4];
+        cpu_vul c[4];
         for (int i = 0; i < 4; ++i)
-            c[0][i] = (cpu_vul){0} + counter.word[i];
+            c[i] = (cpu_vul){0} + counter.word[i];
         for (int j = 0; j < LANES; ++j) {
             const uint64_t block = first + (uint64_t)(begin + j);
-            c[0][0][j] = (uint32_t)block;
-            c[0][1][j] = block >> 32;
+            c[0][j] = (uint32_t)block;
+            c[1][j] = block >> 32;
         }
-        cpu_philox(c, 1, &keys);
-        const cpu_vul halves[2] = {(c[0][0] & UINT32_MAX) | c[0][1] << 32, (c[0][2] & UINT32_MAX) | c[0][3] << 32};
+        cpu_philox(&c, 1, &keys);
+        const cpu_vul halves[2] = {(c[0] & UINT32_MAX) | c[1] << 32, (c[2] & UINT32_MAX) | c[3] << 32};
         for (int j = 0; j < LANES; ++j)
             for (int i = 0; i < 2; ++i) {
                 const uint64_t two = halves[i][j];

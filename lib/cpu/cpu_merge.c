@@ -122,7 +122,7 @@ static void combine(const struct partial *partials, int64_t blocks, struct plora
     int64_t overflow_count = 0;
     for (int64_t i = 0; i < blocks; ++i) {
         const struct plora__merge_sums *part = &partials[i].sums;
-        overflow_count += partials[i].overflows;
+        if (overflows != NULL) overflow_count += partials[i].overflows;
         if (sums == NULL) continue;
         total.dd += part->dd;
         total.gd += part->gd;
@@ -148,7 +148,8 @@ static void pack_right(const struct cpu_merge_kernels *kernels, int threads, con
                             args->weight.dtype, right + panel * width * depth);
 }
 
-/* The rows [first, first + count), of which `first` is a multiple of tile_rows. partial NULL = only they are wanted. */
+/* The rows [first, first + count), of which `first` is a multiple of tile_rows. `partial` receives the sums or overflows that args asks
+ * for; NULL = it asks for neither. */
 static void merge_block(const struct cpu_merge_kernels *kernels, const struct plora__merge_args *args,
                         const struct layout *places, int64_t first, int64_t count, struct partial *partial)
 {
@@ -160,7 +161,6 @@ static void merge_block(const struct cpu_merge_kernels *kernels, const struct pl
     for (int64_t row = 0; row < count; row += tile)
         kernels->pack_tile(args->left + (first + row) * args->left_row_stride, args->left_row_stride,
                            args->left_rank_stride, rank, at_most(tile, count - row), left + row * depth);
-    if (partial != NULL) partial->overflows = 0;
     struct cpu_merge_block block = {
         .weight = (char *)weight->data + (size_t)(first * weight->stride) * plora__dtype_size(weight->dtype),
         .stride = weight->stride,
@@ -175,8 +175,8 @@ static void merge_block(const struct cpu_merge_kernels *kernels, const struct pl
         .factor = args->factor,
         .left = left,
         .right = (const float *)base,
-        .sums = partial != NULL && args->sums != NULL && !dry ? &partial->sums : NULL,
-        .overflows = partial != NULL && dry ? &partial->overflows : NULL,
+        .sums = args->sums != NULL && !dry ? &partial->sums : NULL,
+        .overflows = dry ? &partial->overflows : NULL,
     };
     block.draw.first_element += first * args->draw.row_elements;
     kernels->block(&block);

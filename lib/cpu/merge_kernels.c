@@ -31,7 +31,7 @@ enum { TILE_ROWS = 3, TILE_VECTORS = 4, BLOCK_TILES = 8, STRIP_TILES = 8, GRAM_R
 enum { FETCH_BELOW = 1, FETCH_AT_ONCE = 1, FETCH_TO_WRITE = 1, FETCH_LEVEL = 3 };
 #endif
 enum { TILE_COLUMNS = TILE_VECTORS * CPU_LANES, STRIP_COLUMNS = STRIP_TILES * TILE_COLUMNS };
-enum { GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
+enum { PAIR = 2 * CPU_LANES, GRAM_COLUMNS = 4, UNROLL = 4, CACHE_LINE = 64 };
 
 #define PAIR_BYTES(dtype) (((dtype) == PLORA_F32 ? 2 : 1) * (int64_t)sizeof(cpu_vf))
 
@@ -189,17 +189,22 @@ struct work {
     struct lane_sums *sums;        /* NULL = no report */
 };
 
-CPU_INLINE struct pair load_value(const char *weight, const uint16_t *low, struct work work)
+/* Pair number i of a row. */
+CPU_INLINE struct pair load_value(const char *weight, const uint16_t *low, int i, struct work work)
 {
-    return work.rounding == PLORA_ROUND_RESIDUAL ? load_joined(weight, low, work.dtype) : load_pair(weight, work.dtype);
+    weight += i * PAIR_BYTES(work.dtype);
+    return work.rounding == PLORA_ROUND_RESIDUAL ? load_joined(weight, low + i * PAIR, work.dtype)
+                                                 : load_pair(weight, work.dtype);
 }
 
-CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random, struct pair value, struct work work)
+CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random, int i, struct pair value,
+                            struct work work)
 {
+    weight += i * PAIR_BYTES(work.dtype);
     if (work.rounding == PLORA_ROUND_RESIDUAL)
-        store_split(weight, low, value, work.dtype);
+        store_split(weight, low + i * PAIR, value, work.dtype);
     else if (work.rounding == PLORA_ROUND_STOCHASTIC)
-        store_random(weight, value, random, work.dtype);
+        store_random(weight, value, random + i * PAIR, work.dtype);
     else
         store_pair(weight, value, work.dtype);
 }
@@ -208,35 +213,33 @@ CPU_INLINE void store_value(char *weight, uint16_t *low, const uint16_t *random,
 CPU_INLINE void add_row(const struct place *place, int64_t row, const uint16_t *random, const cpu_vf sum[TILE_VECTORS],
                         struct work work)
 {
-    enum { PAIRS_OF_ROW = TILE_VECTORS / 2, COLUMNS = 2 * CPU_LANES };
+    enum { ROW_PAIRS = TILE_VECTORS / 2 };
     const cpu_vf factors = cpu_broadcast(work.factor);
-    const int64_t bytes = PAIR_BYTES(work.dtype);
     char *weight = place->weight + row * place->stride;
     uint16_t *low = work.rounding == PLORA_ROUND_RESIDUAL ? (uint16_t *)(place->low + row * place->low_stride) : NULL;
-    struct pair before[PAIRS_OF_ROW], after[PAIRS_OF_ROW];
+    struct pair before[ROW_PAIRS], after[ROW_PAIRS];
     cpu_vu largest = {0};
 #pragma GCC unroll 8
-    for (int i = 0; i < PAIRS_OF_ROW; ++i) {
-        before[i] = load_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS, work);
+    for (int i = 0; i < ROW_PAIRS; ++i) {
+        before[i] = load_value(weight, low, i, work);
         after[i].first = cpu_fma(factors, sum[2 * i], before[i].first);
         after[i].second = cpu_fma(factors, sum[2 * i + 1], before[i].second);
-        if (work.rounding != PLORA_ROUND_NEAREST) largest = larger(largest, after[i], work.dtype);
+        if (work.rounding != PLORA_ROUND_NEAREST) largest = larger(largest, after[i]);
     }
     if (work.rounding != PLORA_ROUND_NEAREST && __builtin_expect(is_near_largest(largest, work.dtype), 0)) {
         float values[TILE_COLUMNS];
-        for (int i = 0; i < PAIRS_OF_ROW; ++i)
-            lay_out(values + i * COLUMNS, after[i], work.dtype);
-        store_slowly((uint16_t *)weight, low, random, values, work.dtype);
+        for (int i = 0; i < ROW_PAIRS; ++i)
+            lay_out(values + i * PAIR, after[i], work.dtype);
+        store_slowly((uint16_t *)weight, low, random, values, work.rounding, work.dtype);
     } else {
 #pragma GCC unroll 8
-        for (int i = 0; i < PAIRS_OF_ROW; ++i)
-            store_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS,
-                        random == NULL ? NULL : random + i * COLUMNS, after[i], work);
+        for (int i = 0; i < ROW_PAIRS; ++i)
+            store_value(weight, low, random, i, after[i], work);
     }
     if (work.sums == NULL) return;
 #pragma GCC unroll 8
-    for (int i = 0; i < PAIRS_OF_ROW; ++i) {
-        const struct pair stored = load_value(weight + i * bytes, low == NULL ? NULL : low + i * COLUMNS, work);
+    for (int i = 0; i < ROW_PAIRS; ++i) {
+        const struct pair stored = load_value(weight, low, i, work);
         const cpu_vd wide_factor = cpu_widen(factors, 0);
         add_sums(work.sums, before[i].first, stored.first, sum[2 * i], wide_factor);
         add_sums(work.sums, before[i].second, stored.second, sum[2 * i + 1], wide_factor);

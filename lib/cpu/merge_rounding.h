@@ -161,21 +161,17 @@ CPU_INLINE void store_halves(uint16_t *to, cpu_vu value)
 
 /* ------------------------------------------------------------------------------------------------------------ near the largest */
 
-/* max(largest, magnitude of the value), by halves of a bf16 pair (doubled: without sign) and by lanes of others. */
-CPU_INLINE cpu_vu larger(cpu_vu largest, struct pair value, int32_t dtype)
+/* max(largest, magnitude of the value), by upper halves, which are doubled: without sign. */
+CPU_INLINE cpu_vu larger(cpu_vu largest, struct pair value)
 {
-    if (dtype == PLORA_BF16) {
-        const cpu_vu16 doubled = (cpu_vu16)halves_of(value).upper * 2;
-        return cpu_max_halves(largest, (cpu_vu)doubled);
-    }
-    return cpu_max_words(cpu_max_words(largest, (cpu_vu)value.first & INT32_MAX), (cpu_vu)value.second & INT32_MAX);
+    const cpu_vu16 doubled = (cpu_vu16)halves_of(value).upper * 2;
+    return cpu_max_halves(largest, (cpu_vu)doubled);
 }
 
-/* Whether one of them is so large that its neighbour is infinite, or nearly. */
+/* Whether one of them is so large that its neighbour in W is infinite, or nearly. */
 CPU_INLINE int is_near_largest(cpu_vu largest, int32_t dtype)
 {
-    return dtype == PLORA_BF16 ? cpu_any_half_above(largest, 2 * 0x7f7f - 1)
-                               : cpu_any_word_above(largest, 0x477fe000 - 1);
+    return cpu_any_half_above(largest, 2 * (dtype == PLORA_BF16 ? 0x7f7f : 0x477f) - 1);
 }
 
 /* The values of a pair in the order of the columns. */
@@ -189,10 +185,10 @@ CPU_INLINE void lay_out(float values[2 * CPU_LANES], struct pair value, int32_t 
 
 /* A row of a tile by the functions of rounding.h. */
 static __attribute__((noinline)) void store_slowly(uint16_t *to, uint16_t *low, const uint16_t *random,
-                                                   const float values[TILE_COLUMNS], int32_t dtype)
+                                                   const float values[TILE_COLUMNS], int32_t rounding, int32_t dtype)
 {
     for (int i = 0; i < TILE_COLUMNS; ++i) {
-        if (low != NULL)
+        if (rounding == PLORA_ROUND_RESIDUAL)
             plora__split_residual(values[i], dtype, &to[i], &low[i]);
         else
             to[i] = plora__round_stochastic(values[i], random[i], dtype);

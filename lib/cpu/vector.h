@@ -130,33 +130,7 @@ CPU_INLINE cpu_vd cpu_max_magnitude_double(cpu_vd maximum, cpu_vd value)
 #endif
 }
 
-/* Whether any bit is set. */
-CPU_INLINE int cpu_any_bit(cpu_vl bits)
-{
-#if CPU_ISA == CPU_ISA_AVX2
-    return !_mm256_testz_si256((__m256i)bits, (__m256i)bits);
-#else
-    int64_t any = 0;
-    for (int i = 0; i < CPU_LANES / 2; ++i)
-        any |= bits[i];
-    return any != 0;
-#endif
-}
-
-/* Lane by lane, the larger of unsigned numbers of 32 bits. */
-CPU_INLINE cpu_vu cpu_max_words(cpu_vu a, cpu_vu b)
-{
-#if CPU_ISA >= CPU_ISA_AVX512
-    return (cpu_vu)_mm512_max_epu32((__m512i)a, (__m512i)b);
-#elif CPU_ISA == CPU_ISA_AVX2
-    return (cpu_vu)_mm256_max_epu32((__m256i)a, (__m256i)b);
-#else
-    const cpu_vu greater = (cpu_vu)(a > b);
-    return (a & greater) | (b & ~greater);
-#endif
-}
-
-/* The same of 16 bits. */
+/* The larger of unsigned numbers of 16 bits, one by one. */
 CPU_INLINE cpu_vu cpu_max_halves(cpu_vu a, cpu_vu b)
 {
 #if CPU_ISA >= CPU_ISA_AVX512
@@ -169,25 +143,20 @@ CPU_INLINE cpu_vu cpu_max_halves(cpu_vu a, cpu_vu b)
 #endif
 }
 
-/* Whether any number of 32 bits is above the limit. */
-CPU_INLINE int cpu_any_word_above(cpu_vu words, uint32_t limit)
-{
-#if CPU_ISA >= CPU_ISA_AVX512
-    return _mm512_cmpgt_epu32_mask((__m512i)words, _mm512_set1_epi32((int32_t)limit)) != 0;
-#else
-    return cpu_any_bit((cpu_vl)(words > limit));
-#endif
-}
-
-/* The same of 16 bits. */
+/* Whether any of them is above the limit. */
 CPU_INLINE int cpu_any_half_above(cpu_vu halves, uint16_t limit)
 {
 #if CPU_ISA >= CPU_ISA_AVX512
     return _mm512_cmpgt_epu16_mask((__m512i)halves, _mm512_set1_epi16((int16_t)limit)) != 0;
 #elif CPU_ISA == CPU_ISA_AVX2
-    return cpu_any_bit((cpu_vl)_mm256_subs_epu16((__m256i)halves, _mm256_set1_epi16((int16_t)limit)));
+    const __m256i above = _mm256_subs_epu16((__m256i)halves, _mm256_set1_epi16((int16_t)limit));
+    return !_mm256_testz_si256(above, above);
 #else
-    return cpu_any_bit((cpu_vl)((cpu_vu16)halves > limit));
+    const cpu_vl above = (cpu_vl)((cpu_vu16)halves > limit);
+    int64_t any = 0;
+    for (int i = 0; i < CPU_LANES / 2; ++i)
+        any |= above[i];
+    return any != 0;
 #endif
 }
 
